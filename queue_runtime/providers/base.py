@@ -78,6 +78,11 @@ class Receiver(Protocol):
     """
 
     @property
+    def id(self) -> int:
+        """What its receipts carry as ``receiver_id``; unique in the process."""
+        ...
+
+    @property
     def queue_name(self) -> str: ...
 
     @property

@@ -1,0 +1,226 @@
+"""One frozen, keyword-only configuration per provider, checked when it is made [C33]."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ClassVar, Literal, Self
+from urllib.parse import parse_qsl, urlsplit
+
+from queue_runtime.errors import ConfigurationError, ValidationError
+from queue_runtime.message import QueueName
+
+Seconds = float | timedelta
+"""A duration: seconds, or a timedelta. Configurations keep it as seconds."""
+
+
+def seconds(field: str, value: object, *, minimum: float = 0.0, maximum: float = math.inf) -> float:
+    """Return a duration in seconds; raise ConfigurationError naming ``field`` when it is none or out of range."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigurationError(field, f"must be seconds or a timedelta, not {type(value).__name__}")
+    if not minimum <= value <= maximum or math.isinf(value):
+        limit = f"at least {minimum:g} s" if math.isinf(maximum) else f"from {minimum:g} to {maximum:g} s"
+        raise ConfigurationError(field, f"must be {limit}, not {value:g}")
+    return float(value)
+
+
+def integer(field: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
+    """Return ``value``; raise ConfigurationError naming ``field`` when it is no whole number or out of range."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigurationError(field, f"must be a whole number, not {type(value).__name__}")
+    if value < minimum or (maximum is not None and value > maximum):
+        limit = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise ConfigurationError(field, f"must be {limit}, not {value}")
+    return value
+
+
+def choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigurationError(field, f"must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def flag(field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigurationError(field, f"must be true or false, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderConfig:
+    """What every provider's configuration has.
+
+    Parameters
+    ----------
+    max_concurrency:
+        Handlers that a consumer runs at once, unless it is told otherwise.
+    prefetch:
+        Messages that a consumer holds at most, waiting and in handlers, unless it is told otherwise.
+    max_lock_renewal:
+        Seconds for which the lock of a received message is kept renewed, from its receipt on; 0 renews nothing.
+        300 s is what Azure's own renewer takes.
+    settlement:
+        ``auto`` settles at once where settling is a call in this process and in batches elsewhere; ``batched``
+        always goes through the batches.
+    settle_batch_size, settle_interval, settle_concurrency:
+        A batch of settlements goes out when it has so many messages or its oldest has waited so many seconds;
+        so many batches of one receiver may be on their way at once.
+    settle_attempts:
+        How often a settlement that failed for a passing reason is tried in all.
+
+    Raises ConfigurationError, which names the field.
+    """
+
+    scheme: ClassVar[str]
+
+    max_concurrency: int = 16
+    prefetch: int = 100
+    max_lock_renewal: Seconds = 300.0
+    settlement: Literal["auto", "batched"] = "auto"
+    settle_batch_size: int = 100
+    settle_interval: Seconds = 0.005
+    settle_concurrency: int = 4
+    settle_attempts: int = 3
+
+    def __post_init__(self) -> None:
+        integer("max_concurrency", self.max_concurrency, minimum=1)
+        integer("prefetch", self.prefetch, minimum=1)
+        self._set("max_lock_renewal", seconds("max_lock_renewal", self.max_lock_renewal))
+        choice("settlement", self.settlement, ("auto", "batched"))
+        integer("settle_batch_size", self.settle_batch_size, minimum=1, maximum=10_000)
+        self._set("settle_interval", seconds("settle_interval", self.settle_interval, minimum=0.0001, maximum=60.0))
+        integer("settle_concurrency", self.settle_concurrency, minimum=1, maximum=1000)
+        integer("settle_attempts", self.settle_attempts, minimum=1, maximum=100)
+
+    def _set(self, field: str, value: object) -> None:
+        object.__setattr__(self, field, value)
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
+        """Make a configuration from plain settings, such as a parsed file's; texts are read as the field's type.
+
+        Raises ConfigurationError for a name that is no field, and whatever the constructor raises.
+        """
+        hints = typing.get_type_hints(cls)
+        fields = {field.name for field in dataclasses.fields(cls)}
+        values = {}
+        for name, value in settings.items():
+            if name not in fields:
+                raise ConfigurationError(name, f"is no setting of {cls.__name__}; there are {', '.join(sorted(fields))}")
+            values[name] = _parsed(name, value, hints[name]) if isinstance(value, str) else value
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InMemoryConfig(ProviderConfig):
+    """The embedded provider: queues in this process's memory, gone with it.
+
+    Parameters
+    ----------
+    name:
+        Clients of one process that give the same name share their queues; an empty name shares with nobody.
+    capacity:
+        Messages that one queue holds at most, in whatever state; its dead letters are counted apart, with the same bound.
+    on_full:
+        What a send to a full queue does: ``raise`` QueueFullError, or ``wait`` for room.
+    auto_create:
+        Create a queue at its first use; otherwise such a use raises QueueNotFoundError.
+    queues:
+        Queues that are there from the start.
+    lock_duration, session_lock_duration:
+        Seconds that a delivery stays invisible to others, and that a session stays held without renewal.
+    max_delivery_count:
+        Deliveries of one message; when the last one fails, the message becomes a dead letter.
+    dead_letter_on_expiration:
+        Whether a message that outlived its time_to_live becomes a dead letter; otherwise it is dropped.
+    deduplication_window:
+        Seconds for which a deduplication id is remembered; 0 remembers none.
+    max_message_size:
+        Bytes of one message, as ``Message.size`` counts them.
+    """
+
+    scheme: ClassVar[str] = "memory"
+
+    name: str = ""
+    capacity: int = 1_000_000
+    on_full: Literal["raise", "wait"] = "raise"
+    auto_create: bool = True
+    queues: tuple[str, ...] = ()
+    lock_duration: Seconds = 30.0
+    session_lock_duration: Seconds = 30.0
+    max_delivery_count: int = 5
+    dead_letter_on_expiration: bool = False
+    deduplication_window: Seconds = 300.0
+    max_message_size: int = 1_048_576
+
+    def __post_init__(self) -> None:
+        ProviderConfig.__post_init__(self)
+        if not isinstance(self.name, str):
+            raise ConfigurationError("name", f"must be a text, not {type(self.name).__name__}")
+        integer("capacity", self.capacity, minimum=1)
+        choice("on_full", self.on_full, ("raise", "wait"))
+        flag("auto_create", self.auto_create)
+        if isinstance(self.queues, str):
+            raise ConfigurationError("queues", "must be a sequence of names, not one text")
+        try:
+            self._set("queues", tuple(QueueName(name) for name in self.queues))
+        except (ValidationError, TypeError) as error:
+            raise ConfigurationError("queues", str(error)) from error
+        for field in ("lock_duration", "session_lock_duration"):
+            self._set(field, seconds(field, getattr(self, field), minimum=0.001, maximum=43_200.0))
+        integer("max_delivery_count", self.max_delivery_count, minimum=1)
+        flag("dead_letter_on_expiration", self.dead_letter_on_expiration)
+        self._set("deduplication_window", seconds("deduplication_window", self.deduplication_window))
+        integer("max_message_size", self.max_message_size, minimum=1)
+
+    @classmethod
+    def for_high_throughput(cls, **changes: Any) -> Self:
+        """10 000 messages a queue, a handler per CPU, up to 1000 messages held by a consumer [C46]."""
+        preset: dict[str, Any] = {"capacity": 10_000, "max_concurrency": os.cpu_count() or 1, "prefetch": 1000}
+        return cls(**(preset | changes))
+
+    @classmethod
+    def for_testing(cls, **changes: Any) -> Self:
+        """1000 messages a queue and one handler at a time, so that the order of a test is always the same [C46]."""
+        preset: dict[str, Any] = {"capacity": 1000, "max_concurrency": 1, "prefetch": 100}
+        return cls(**(preset | changes))
+
+
+def config_from_url(url: str) -> ProviderConfig:
+    """Read a configuration from a URL such as ``memory://orders?capacity=1000&on_full=wait``.
+
+    The host names a shared set of queues, the query holds settings by field name, lists separated by commas.
+    Raises ConfigurationError, which names the field; the URL itself is never repeated, as it may hold a secret.
+    """
+    if not isinstance(url, str):
+        raise ConfigurationError("provider", f"must be a URL or a configuration, not {type(url).__name__}")
+    parts = urlsplit(url)
+    if parts.scheme != InMemoryConfig.scheme:
+        raise ConfigurationError("provider", f"unknown scheme {parts.scheme!r}; use memory:// or memory://NAME")
+    if parts.path not in ("", "/") or parts.fragment or "@" in parts.netloc:
+        raise ConfigurationError("provider", "a memory URL is memory://NAME?setting=value, with nothing else in it")
+    settings: dict[str, Any] = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+    return InMemoryConfig.from_mapping({"name": parts.netloc, **settings})
+
+
+def _parsed(name: str, text: str, hint: Any) -> Any:
+    """Read the text of a setting as the type that its field is declared with."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    try:
+        if bool in options:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if int in options:
+            return int(text)
+        if float in options:
+            return float(text)
+    except (ValueError, KeyError):
+        raise ConfigurationError(name, f"cannot read {text!r} as {getattr(options[0], '__name__', hint)}") from None
+    if typing.get_origin(hint) is tuple:
+        return tuple(part for part in text.split(",") if part)
+    return text
