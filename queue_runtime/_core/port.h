@@ -1,0 +1,50 @@
+/* What differs between compilers and systems: every #ifdef of the core's C is here. Plain C11, no Python.h. */
+#ifndef QR_PORT_H
+#define QR_PORT_H
+
+#include <stdalign.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+/* Two 64-byte lines: x86 fetches lines in pairs, and some ARM cores have 128-byte lines. */
+#define QR_LINE 128
+
+#if defined(__GNUC__) || defined(__clang__)
+#define QR_LIKELY(x) __builtin_expect(!!(x), 1)
+#define QR_UNLIKELY(x) __builtin_expect(!!(x), 0)
+#else
+#define QR_LIKELY(x) (x)
+#define QR_UNLIKELY(x) (x)
+#endif
+
+/* The atomic operations, each with its order written out. A harness that simulates a weak memory may define
+   QR_ATOMICS_SUPPLIED and bring these names, QR_ATOMIC and the memory_order constants of its own. */
+#ifndef QR_ATOMICS_SUPPLIED
+#include <stdatomic.h>
+#define QR_ATOMIC(type) _Atomic(type)
+#define qr_atomic_init(p, v) atomic_init((p), (v))
+#define qr_load(p, order) atomic_load_explicit((p), (order))
+#define qr_store(p, v, order) atomic_store_explicit((p), (v), (order))
+#define qr_exchange(p, v, order) atomic_exchange_explicit((p), (v), (order))
+#define qr_fetch_add(p, v, order) atomic_fetch_add_explicit((p), (v), (order))
+#define qr_fetch_sub(p, v, order) atomic_fetch_sub_explicit((p), (v), (order))
+#define qr_fetch_or(p, v, order) atomic_fetch_or_explicit((p), (v), (order))
+#define qr_fetch_and(p, v, order) atomic_fetch_and_explicit((p), (v), (order))
+#define qr_cas_weak(p, expected, v, won, lost) \
+    atomic_compare_exchange_weak_explicit((p), (expected), (v), (won), (lost))
+#endif
+
+#if defined(_WIN32)
+#include <malloc.h>
+static inline void *qr_alloc_lines(size_t size) { return _aligned_malloc(size, QR_LINE); }
+static inline void qr_free_lines(void *memory) { _aligned_free(memory); }
+#else
+static inline void *qr_alloc_lines(size_t size) {
+    /* aligned_alloc wants a multiple of the alignment. */
+    return aligned_alloc(QR_LINE, (size + QR_LINE - 1) / QR_LINE * QR_LINE);
+}
+static inline void qr_free_lines(void *memory) { free(memory); }
+#endif
+
+#endif
