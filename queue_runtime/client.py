@@ -1,0 +1,535 @@
+"""QueueClient: send, receive, settle and sessions, the same on every provider."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta, timezone
+from types import TracebackType
+from typing import Literal, Self, cast
+
+from queue_runtime.clock import Clock, SystemClock
+from queue_runtime.config import ProviderConfig, Seconds, config_from_url
+from queue_runtime.dlq import DeadLetters
+from queue_runtime.errors import (
+    BatchSendError,
+    BatchSettleError,
+    CapabilityError,
+    ClosedError,
+    ConfigurationError,
+    InvalidReceiptError,
+    QueueRuntimeError,
+    ValidationError,
+)
+from queue_runtime.message import Message, QueueName, ReceivedMessage, Receipt, SessionId
+from queue_runtime.providers import open_provider
+from queue_runtime.providers.base import (
+    ABANDON,
+    COMPLETE,
+    DEFER,
+    Action,
+    Capabilities,
+    Disposition,
+    Outcome,
+    Provider,
+    QueueCounts,
+    Receiver,
+    SessionReceiver,
+)
+from queue_runtime.renewal import LockRenewer, LostCallback
+from queue_runtime.sessions import SessionKey, with_session
+from queue_runtime.settlement import Lane, Settler
+
+MAX_COUNT = 10_000
+"""The most messages that one receive may ask for."""
+
+Settleable = ReceivedMessage | Receipt
+
+
+class QueueClient:
+    """A connection to one messaging service.
+
+    Parameters
+    ----------
+    provider:
+        A configuration, or a URL such as ``memory://`` or ``memory://shared?lock_duration=10``.
+    session_key:
+        A strategy that gives messages without a session id one when they are sent [C29].
+    session_key_source:
+        Where the strategy looks fields up: in the ``attributes``, or in the ``body`` read as a JSON object.
+    clock:
+        For tests: a ``ManualClock``.
+
+    Raises ConfigurationError, which names the field. Every method raises ValidationError for a bad argument and
+    ClosedError after ``close``.
+
+    Use it as ``async with QueueClient(...) as client``, or call ``close()``. Until they are settled, the locks of
+    received messages are renewed, for at most ``max_lock_renewal`` seconds of the configuration.
+
+    Thread-safety: for one event loop; there, any number of tasks may use it at once [C23].
+    """
+
+    def __init__(
+        self,
+        provider: str | ProviderConfig = "memory://",
+        *,
+        session_key: SessionKey | None = None,
+        session_key_source: Literal["attributes", "body"] = "attributes",
+        clock: Clock | None = None,
+    ) -> None:
+        self.config = provider if isinstance(provider, ProviderConfig) else config_from_url(provider)
+        if session_key_source not in ("attributes", "body"):
+            raise ConfigurationError("session_key_source", f"must be attributes or body, not {session_key_source!r}")
+        self._session_key = session_key
+        self._session_key_source: Literal["attributes", "body"] = session_key_source
+        self.clock: Clock = SystemClock() if clock is None else clock
+        self._provider: Provider = open_provider(self.config, self.clock)
+        self._settler = Settler(self.config, in_process=self._provider.capabilities.settles_in_process)
+        max_renewal = cast(float, self.config.max_lock_renewal)
+        self._renewer = LockRenewer(self.clock, max_renewal, self._locks_lost) if max_renewal else None
+        self._lanes: dict[int, Lane] = {}
+        self._main_lanes: dict[str, Lane] = {}
+        self._dead_letter_lanes: dict[str, Lane] = {}
+        self._opening = asyncio.Lock()
+        self._lost_listeners: list[LostCallback] = []
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<QueueClient {self._provider.name}{' closed' if self._closed else ''}>"
+
+    async def __aenter__(self) -> Self:
+        self._check_open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the provider can do."""
+        return self._provider.capabilities
+
+    @property
+    def provider_name(self) -> str:
+        """The provider's short label, such as ``memory``."""
+        return self._provider.name
+
+    # Sending.
+
+    async def send_message(self, queue_name: str, message: Message) -> str:
+        """Send one message; return its id [C8].
+
+        Raises QueueNotFoundError, MessageTooLargeError or QueueFullError before anything is sent.
+        """
+        self._check_open()
+        _check_queue_name(queue_name)
+        outcome = (await self._provider.send(queue_name, (self._outgoing(message, "message"),)))[0]
+        if outcome is not None:
+            raise outcome
+        return message.message_id
+
+    async def send_messages(self, queue_name: str, messages: Iterable[Message]) -> list[str]:
+        """Send many, split to the provider's limits; return their ids in input order [C9].
+
+        It is not atomic: when some are not accepted, BatchSendError tells the outcome of each, in input order.
+        A bad argument, a missing queue or a message that is too large is told before anything is sent.
+        """
+        self._check_open()
+        _check_queue_name(queue_name)
+        batch = [self._outgoing(message, f"messages[{place}]") for place, message in enumerate(messages)]
+        if not batch:
+            return []
+        outcomes = await self._provider.send(queue_name, batch)
+        if any(outcomes):
+            raise BatchSendError(
+                [message.message_id if outcome is None else outcome for message, outcome in zip(batch, outcomes, strict=True)]
+            )
+        return [message.message_id for message in batch]
+
+    # Receiving.
+
+    async def receive_messages(
+        self, queue_name: str, max_count: int = 10, timeout: Seconds = 20.0
+    ) -> list[ReceivedMessage]:
+        """Return as soon as one message is there, at most ``max_count`` of them [C10].
+
+        Parameters
+        ----------
+        max_count:
+            From 1 to 10,000.
+        timeout:
+            Seconds or a timedelta to wait for the first message; an empty list when it is over.
+
+        Messages of a session are not among them: ``accept_session`` gives those, to one holder at a time.
+        Cancelling the call loses no message. Raises QueueNotFoundError.
+        """
+        _check_queue_name(queue_name)
+        lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes)
+        return await self._receive(lane, max_count, timeout)
+
+    async def receive_message(self, queue_name: str, timeout: Seconds = 20.0) -> ReceivedMessage | None:
+        """Return the next message, or None after ``timeout`` seconds."""
+        messages = await self.receive_messages(queue_name, 1, timeout)
+        return messages[0] if messages else None
+
+    async def receive_deferred_messages(
+        self, queue_name: str, sequence_numbers: Sequence[int]
+    ) -> list[ReceivedMessage]:
+        """Lock and return deferred messages by their sequence numbers, leaving out those that are not there."""
+        self._require("defer")
+        _check_queue_name(queue_name)
+        lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes)
+        messages = await lane.receiver.receive_deferred(sequence_numbers)
+        self._watch(lane, messages)
+        return messages
+
+    async def peek_messages(
+        self, queue_name: str, max_count: int = 10, *, from_sequence_number: int = 0
+    ) -> list[ReceivedMessage]:
+        """Show messages in order of sequence number, without locking them or counting a delivery [C20]."""
+        self._check_open()
+        self._require("peek")
+        _check_queue_name(queue_name)
+        _check_count("max_count", max_count)
+        return await self._provider.peek(queue_name, max_count, from_sequence_number=from_sequence_number)
+
+    # Settling.
+
+    async def complete_message(self, message: Settleable) -> None:
+        """Remove the message for good [C11]. Raises InvalidReceiptError when the right to settle it is gone."""
+        await self._settle_one(message, COMPLETE)
+
+    async def complete_messages(self, messages: Iterable[Settleable]) -> None:
+        """Remove many for good. Raises BatchSettleError with an outcome for each when some could not be [C22]."""
+        await self._settle_many(messages, COMPLETE)
+
+    async def abandon_message(self, message: Settleable, delay: Seconds = 0.0) -> None:
+        """Make the message visible again, at once or after ``delay`` seconds [C12]."""
+        await self._settle_one(message, self._abandonment(delay))
+
+    async def abandon_messages(self, messages: Iterable[Settleable], delay: Seconds = 0.0) -> None:
+        """Make many visible again. Raises BatchSettleError with an outcome for each when some could not be."""
+        await self._settle_many(messages, self._abandonment(delay))
+
+    async def dead_letter_message(self, message: Settleable, reason: str, description: str | None = None) -> None:
+        """Move the message to the dead-letter queue, with the reason and the description [C15]."""
+        if not isinstance(reason, str) or not reason:
+            raise ValidationError("reason", "must be a non-empty text")
+        await self._settle_one(message, Disposition(Action.DEAD_LETTER, reason=reason, description=description))
+
+    async def defer_message(self, message: Settleable) -> None:
+        """Set the message aside; ``receive_deferred_messages`` gets it by its sequence number."""
+        self._require("defer")
+        await self._settle_one(message, DEFER)
+
+    async def renew_lock(self, message: Settleable) -> datetime:
+        """Extend the lock by its full duration; return its new end [C21]. Raises InvalidReceiptError."""
+        outcome = (await self.renew_locks((message,)))[0]
+        if isinstance(outcome, QueueRuntimeError):
+            raise outcome
+        return outcome
+
+    async def renew_locks(self, messages: Iterable[Settleable]) -> list[datetime | QueueRuntimeError]:
+        """Extend many locks, in one call a receiver; return for each, in order, the new end or the error."""
+        receipts = [_receipt(message) for message in messages]
+        results: list[datetime | QueueRuntimeError] = [InvalidReceiptError(receipt, _GONE) for receipt in receipts]
+        for lane, places in self._by_lane(receipts):
+            ends = await lane.receiver.renew([receipts[place] for place in places])
+            for place, end in zip(places, ends, strict=True):
+                results[place] = end if isinstance(end, QueueRuntimeError) else _utc(end)
+        return results
+
+    # Sessions.
+
+    async def accept_session(
+        self, queue_name: str, session_id: str | None = None, timeout: Seconds = 20.0
+    ) -> Session | None:
+        """Take a session: this one, or the next that has messages and no holder [C25, C26].
+
+        Returns None when no session had messages by ``timeout`` seconds. Raises SessionLockedError when the session
+        asked for is held. Its lock is renewed until the Session is closed [C27].
+        """
+        self._check_open()
+        self._require("sessions")
+        _check_queue_name(queue_name)
+        if session_id is not None:
+            session_id = SessionId(session_id)
+        receiver = await self._provider.accept_session(queue_name, session_id, _wait("timeout", timeout))
+        if receiver is None:
+            return None
+        lane = self._add_lane(receiver)
+        if self._renewer is not None:
+            self._renewer.watch_session(receiver)
+        return Session(self, lane, receiver)
+
+    # Around the queue.
+
+    def dead_letters(self, queue_name: str) -> DeadLetters:
+        """Return the queue's dead letters: to read, count and re-drive [C16]."""
+        _check_queue_name(queue_name)
+        return DeadLetters(self, queue_name)
+
+    async def counts(self, queue_name: str) -> QueueCounts:
+        """Return how many messages the queue holds, by state."""
+        self._check_open()
+        _check_queue_name(queue_name)
+        return await self._provider.counts(queue_name)
+
+    async def create_queue(self, queue_name: str) -> None:
+        """Create the queue; do nothing when it is there."""
+        self._check_open()
+        _check_queue_name(queue_name)
+        await self._provider.create_queue(queue_name)
+
+    async def close(self) -> None:
+        """Settle what is under way, release every message still locked, and leave nothing behind [C23].
+
+        Safe to call twice.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._renewer is not None:
+            await self._renewer.close()
+        await self._settler.close()
+        self._lanes.clear()
+        await self._provider.close()
+
+    # Within the package.
+
+    def on_locks_lost(self, listener: LostCallback) -> Callable[[], None]:
+        """Have ``listener`` told of lost locks (see ``renewal.LostCallback``); return what takes it back."""
+        self._lost_listeners.append(listener)
+        return lambda: self._lost_listeners.remove(listener)
+
+    async def receive_dead_letters(self, queue_name: str, max_count: int, timeout: Seconds) -> list[ReceivedMessage]:
+        """For ``DeadLetters``."""
+        lane = self._dead_letter_lanes.get(queue_name) or await self._open_lane(queue_name, self._dead_letter_lanes)
+        return await self._receive(lane, max_count, timeout)
+
+    async def peek_dead_letters(
+        self, queue_name: str, max_count: int, from_sequence_number: int
+    ) -> list[ReceivedMessage]:
+        """For ``DeadLetters``."""
+        self._check_open()
+        self._require("peek")
+        _check_count("max_count", max_count)
+        return await self._provider.peek(
+            queue_name, max_count, from_sequence_number=from_sequence_number, dead_letter=True
+        )
+
+    async def settle(self, receipt: Receipt, disposition: Disposition) -> Outcome:
+        """Settle one message and return its outcome, for those who must not raise."""
+        lane = self._lanes.get(receipt.receiver_id)
+        if lane is None:
+            return ClosedError("the client is closed") if self._closed else InvalidReceiptError(receipt, _GONE)
+        return (await self._settle_on(lane, disposition, (receipt,)))[0]
+
+    async def _receive(self, lane: Lane, max_count: int, timeout: Seconds) -> list[ReceivedMessage]:
+        self._check_open()
+        _check_count("max_count", max_count)
+        messages = await lane.receiver.receive(max_count, _wait("timeout", timeout))
+        self._watch(lane, messages)
+        return messages
+
+    def _watch(self, lane: Lane, messages: list[ReceivedMessage]) -> None:
+        if messages and self._renewer is not None:
+            self._renewer.watch(lane.receiver, [message.receipt for message in messages])
+
+    async def _settle_on(self, lane: Lane, disposition: Disposition, receipts: Sequence[Receipt]) -> list[Outcome]:
+        outcomes = await lane.settle(disposition, receipts)
+        if self._renewer is not None:
+            if any(outcomes):  # what failed for a passing reason may be tried again, so its lock is kept
+                pairs = zip(receipts, outcomes, strict=True)
+                receipts = [receipt for receipt, outcome in pairs if outcome is None or not outcome.is_transient]
+            self._renewer.forget(lane.receiver.id, receipts)
+        return outcomes
+
+    async def _settle_one(self, message: Settleable, disposition: Disposition) -> None:
+        outcome = await self.settle(_receipt(message), disposition)
+        if outcome is not None:
+            raise outcome
+
+    async def _settle_many(self, messages: Iterable[Settleable], disposition: Disposition) -> None:
+        receipts = [_receipt(message) for message in messages]
+        self._check_open()
+        outcomes: list[Outcome] = [None] * len(receipts)
+        lanes = self._by_lane(receipts)
+        if len(lanes) == 1 and len(lanes[0][1]) == len(receipts):
+            outcomes = await self._settle_on(lanes[0][0], disposition, receipts)
+        else:
+            outcomes = [InvalidReceiptError(receipt, _GONE) for receipt in receipts]
+            for lane, places in lanes:
+                settled = await self._settle_on(lane, disposition, [receipts[place] for place in places])
+                for place, outcome in zip(places, settled, strict=True):
+                    outcomes[place] = outcome
+        if any(outcomes):
+            raise BatchSettleError(outcomes)
+
+    def _by_lane(self, receipts: Sequence[Receipt]) -> list[tuple[Lane, list[int]]]:
+        """The places of the receipts by the lane they belong to; those of closed receivers are left out."""
+        places: dict[int, list[int]] = {}
+        for place, receipt in enumerate(receipts):
+            places.setdefault(receipt.receiver_id, []).append(place)
+        return [(self._lanes[key], found) for key, found in places.items() if key in self._lanes]
+
+    def _abandonment(self, delay: Seconds) -> Disposition:
+        pause = _wait("delay", delay)
+        if pause == 0.0:
+            return ABANDON
+        self._require("abandon_delay")
+        return Disposition(Action.ABANDON, delay=pause)
+
+    def _outgoing(self, message: Message, field: str) -> Message:
+        if not isinstance(message, Message):
+            hint = "; use its .message()" if isinstance(message, ReceivedMessage) else ""
+            raise ValidationError(field, f"must be a Message, not {type(message).__name__}{hint}")
+        if self._session_key is not None:
+            return with_session(self._session_key, message, self._session_key_source)
+        return message
+
+    async def _open_lane(self, queue_name: str, lanes: dict[str, Lane]) -> Lane:
+        self._check_open()
+        async with self._opening:
+            if queue_name not in lanes:
+                dead_letter = lanes is self._dead_letter_lanes
+                lanes[queue_name] = self._add_lane(await self._provider.open_receiver(queue_name, dead_letter=dead_letter))
+            return lanes[queue_name]
+
+    def _add_lane(self, receiver: Receiver) -> Lane:
+        lane = self._lanes[receiver.id] = self._settler.open_lane(receiver)
+        return lane
+
+    async def _close_session(self, lane: Lane) -> None:
+        if self._lanes.pop(lane.receiver.id, None) is None:
+            return
+        if self._renewer is not None:
+            self._renewer.drop(lane.receiver.id)
+        try:
+            await self._settler.close_lane(lane)
+        finally:
+            await lane.receiver.close()
+
+    def _locks_lost(self, receiver_id: int, receipts: Sequence[Receipt], error: QueueRuntimeError | None) -> None:
+        for listener in list(self._lost_listeners):
+            listener(receiver_id, receipts, error)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the client is closed")
+
+    def _require(self, capability: str) -> None:
+        if not getattr(self._provider.capabilities, capability):
+            raise CapabilityError(self._provider.name, capability)
+
+
+class Session:
+    """A held session: its messages, in order, for nobody else [C24].
+
+    Made by ``QueueClient.accept_session``. Its messages are settled through the client, as any others. Use it as
+    ``async with session``, or call ``close()``, which releases the session for the next holder.
+
+    Thread-safety: as the client it came from.
+    """
+
+    def __init__(self, client: QueueClient, lane: Lane, receiver: SessionReceiver) -> None:
+        self._client = client
+        self._lane = lane
+        self._receiver = receiver
+
+    def __repr__(self) -> str:
+        return f"<Session {self.session_id!r} of {self._receiver.queue_name!r}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def session_id(self) -> str:
+        return self._receiver.session_id
+
+    @property
+    def receiver_id(self) -> int:
+        """What the receipts of its messages carry."""
+        return self._receiver.id
+
+    @property
+    def locked_until(self) -> datetime:
+        """The end of the session lock, as far as it is renewed."""
+        return _utc(self._receiver.locked_until)
+
+    async def receive_messages(self, max_count: int = 10, timeout: Seconds = 20.0) -> list[ReceivedMessage]:
+        """As ``QueueClient.receive_messages``, from this session. Raises SessionLockLostError when it is lost."""
+        return await self._client._receive(self._lane, max_count, timeout)
+
+    async def receive_message(self, timeout: Seconds = 20.0) -> ReceivedMessage | None:
+        """Return the session's next message, or None after ``timeout`` seconds."""
+        messages = await self.receive_messages(1, timeout)
+        return messages[0] if messages else None
+
+    async def renew_lock(self) -> datetime:
+        """Extend the session lock by its full duration; return its new end. Raises SessionLockLostError."""
+        return _utc(await self._receiver.renew_session())
+
+    async def get_state(self) -> bytes | None:
+        """Return the session's state, None when none was set [C30]. Raises SessionLockLostError."""
+        self._client._require("session_state")
+        return await self._receiver.get_state()
+
+    async def set_state(self, state: bytes | None) -> None:
+        """Keep ``state`` with the session for its next holders; None removes it. Raises SessionLockLostError."""
+        self._client._require("session_state")
+        if state is not None and not isinstance(state, bytes):
+            raise ValidationError("state", f"must be bytes or None, not {type(state).__name__}")
+        await self._receiver.set_state(state)
+
+    async def close(self) -> None:
+        """Release the session and the messages of it that are not settled. Safe to call twice."""
+        await self._client._close_session(self._lane)
+
+
+_GONE = "its receiver is closed"
+
+
+def _check_queue_name(queue_name: object) -> None:
+    if not isinstance(queue_name, str):
+        raise ValidationError("queue_name", f"must be a text, not {type(queue_name).__name__}")
+    _valid_queue_name(queue_name)
+
+
+_valid_queue_name = functools.lru_cache(maxsize=1024)(QueueName)
+
+
+def _check_count(field: str, count: object) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
+        raise ValidationError(field, f"must be a whole number from 1 to {MAX_COUNT}, not {count!r}")
+
+
+def _wait(field: str, value: Seconds) -> float:
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValidationError(field, f"must be seconds or a timedelta, 0 or more, not {value!r}")
+    return float(value)
+
+
+def _receipt(message: object) -> Receipt:
+    if isinstance(message, Receipt):
+        return message
+    if isinstance(message, ReceivedMessage):
+        if message.receipt is None:
+            raise ValidationError("message", "it was peeked, not received: there is nothing to settle")
+        return message.receipt
+    raise ValidationError("message", f"must be a ReceivedMessage or a Receipt, not {type(message).__name__}")
+
+
+def _utc(epoch_seconds: float) -> datetime:
+    return datetime.fromtimestamp(epoch_seconds, timezone.utc)

@@ -1,0 +1,226 @@
+"""Keeps the locks of received messages and held sessions alive [C21, C27].
+
+One scheduler per client: a heap of receivers by the time of their next renewal, one timer, and one call for all
+locks of a receiver that are due. A lock is watched from the moment its message was received, so a message that
+waits in a local buffer is covered like one in a handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from queue_runtime.clock import Clock, Timer
+from queue_runtime.errors import QueueRuntimeError, SessionLockLostError
+from queue_runtime.message import Receipt
+from queue_runtime.providers.base import Receiver, SessionReceiver
+
+logger = logging.getLogger("queue_runtime.renewal")
+
+RENEW_AFTER = 0.5
+"""The share of a lock's duration after which it is renewed: early enough to try again before it ends."""
+TOGETHER = 0.1
+"""Locks that fall due within this share of the lock's duration are renewed in the same call."""
+
+LostCallback = Callable[[int, Sequence[Receipt], QueueRuntimeError | None], None]
+"""Told (receiver_id, receipts, error) when locks were lost; without an error, they were renewed for long enough."""
+
+
+@dataclass(slots=True)
+class _Term:
+    """When the locks of one delivery are renewed next, and when that ends for good."""
+
+    renew_at: float
+    give_up_at: float
+    is_last: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Watch:
+    """What is watched of one receiver."""
+
+    receiver: Receiver
+    held: dict[Receipt, _Term] = field(default_factory=dict)
+    session: SessionReceiver | None = None
+    session_due: float = 0.0
+    due: float | None = None
+    """The time of its valid entry in the heap, None when it has none."""
+    task: asyncio.Task[None] | None = None
+
+
+class LockRenewer:
+    """Renews locks until their messages are settled, up to a longest time.
+
+    Parameters
+    ----------
+    clock:
+        Where times and timers come from.
+    max_renewal:
+        Seconds from the receipt of a message after which its lock is renewed no more.
+    on_lost:
+        Called when a lock was lost. It must not raise.
+
+    Thread-safety: for the event loop's thread only.
+    """
+
+    def __init__(self, clock: Clock, max_renewal: float, on_lost: LostCallback) -> None:
+        self._clock = clock
+        self._max_renewal = max_renewal
+        self._on_lost = on_lost
+        self._watches: dict[int, _Watch] = {}
+        self._heap: list[tuple[float, int, _Watch]] = []
+        self._order = itertools.count()
+        self._timer: Timer | None = None
+        self._timer_due = 0.0
+
+    def watch(self, receiver: Receiver, receipts: Sequence[Receipt]) -> None:
+        """Renew the locks of these receipts from now on."""
+        watch = self._watches.get(receiver.id)
+        if watch is None:
+            watch = self._watches[receiver.id] = _Watch(receiver)
+        now = self._clock.monotonic()
+        term = self._term(receiver.lock_duration, now, now + self._max_renewal)
+        watch.held.update(dict.fromkeys(receipts, term))
+        if watch.due is None and watch.task is None:
+            self._schedule(watch, term.renew_at)
+
+    def watch_session(self, receiver: SessionReceiver) -> None:
+        """Renew the lock of this session until it is dropped."""
+        watch = self._watches[receiver.id] = _Watch(receiver, session=receiver)
+        watch.session_due = self._next_session_renewal(receiver)
+        self._schedule(watch, watch.session_due)
+
+    def forget(self, receiver_id: int, receipts: Sequence[Receipt]) -> None:
+        """Renew these no more: they are settled."""
+        watch = self._watches.get(receiver_id)
+        if watch is not None:
+            for receipt in receipts:
+                watch.held.pop(receipt, None)
+
+    def drop(self, receiver_id: int) -> None:
+        """Renew nothing of this receiver any more: it is closed."""
+        watch = self._watches.pop(receiver_id, None)
+        if watch is not None:
+            watch.due = None
+            if watch.task is not None:
+                watch.task.cancel()
+
+    async def close(self) -> None:
+        """Stop all renewal."""
+        tasks = [watch.task for watch in self._watches.values() if watch.task is not None]
+        for receiver_id in list(self._watches):
+            self.drop(receiver_id)
+        self._heap.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _term(self, lock_duration: float, now: float, give_up_at: float) -> _Term:
+        renew_at = now + lock_duration * RENEW_AFTER
+        if renew_at < give_up_at:
+            return _Term(renew_at, give_up_at)
+        return _Term(now + lock_duration, give_up_at, is_last=True)
+
+    def _next_session_renewal(self, session: SessionReceiver) -> float:
+        left = session.locked_until - self._clock.time()
+        return self._clock.monotonic() + max(0.0, left) * RENEW_AFTER
+
+    def _schedule(self, watch: _Watch, due: float) -> None:
+        watch.due = due
+        heapq.heappush(self._heap, (due, next(self._order), watch))
+        if self._timer is None or due < self._timer_due:
+            self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._heap and self._heap[0][2].due != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        if self._heap:
+            self._timer_due = self._heap[0][0]
+            self._timer = self._clock.call_later(max(0.0, self._timer_due - self._clock.monotonic()), self._tick)
+
+    def _tick(self) -> None:
+        now = self._clock.monotonic()
+        while self._heap and self._heap[0][0] <= now:
+            due, _, watch = heapq.heappop(self._heap)
+            if watch.due == due:
+                watch.due = None
+                if watch.held or watch.session is not None:
+                    watch.task = asyncio.get_running_loop().create_task(self._renew(watch))
+        self._timer = None
+        self._arm()
+
+    async def _renew(self, watch: _Watch) -> None:
+        try:
+            if watch.session is not None and not await self._renew_session(watch, watch.session):
+                return
+            await self._renew_messages(watch)
+        except Exception:
+            # An adapter that breaks its contract must not end renewal for good.
+            logger.exception("renewal failed unexpectedly, queue=%s", watch.receiver.queue_name)
+        finally:
+            watch.task = None
+            if self._watches.get(watch.receiver.id) is watch:
+                times = [term.renew_at for term in watch.held.values()]
+                if watch.session is not None:
+                    times.append(watch.session_due)
+                if times:
+                    self._schedule(watch, max(min(times), self._clock.monotonic() + 0.001))
+
+    async def _renew_session(self, watch: _Watch, session: SessionReceiver) -> bool:
+        """Renew the session lock when it is due; say whether the session is still held."""
+        if watch.session_due > self._clock.monotonic() + session.lock_duration * TOGETHER:
+            return True
+        try:
+            await session.renew_session()
+        except QueueRuntimeError as error:
+            if error.is_transient and session.locked_until > self._clock.time():
+                watch.session_due = self._next_session_renewal(session)
+                return True
+            receipts = list(watch.held)
+            watch.task = None  # this very task: drop must not cancel it
+            self.drop(session.id)
+            lost = error if isinstance(error, SessionLockLostError) else SessionLockLostError(session.session_id)
+            self._on_lost(session.id, receipts, lost)
+            return False
+        watch.session_due = self._next_session_renewal(session)
+        return True
+
+    async def _renew_messages(self, watch: _Watch) -> None:
+        duration = watch.receiver.lock_duration
+        now = self._clock.monotonic()
+        horizon = now + duration * TOGETHER
+        over = [receipt for receipt, term in watch.held.items() if term.is_last and term.renew_at <= now]
+        due = [receipt for receipt, term in watch.held.items() if not term.is_last and term.renew_at <= horizon]
+        if over:
+            self._lose(watch, over, None)
+        if not due:
+            return
+        try:
+            outcomes = list(await watch.receiver.renew(due))
+        except QueueRuntimeError as error:
+            outcomes = [error] * len(due)
+        after = self._clock.monotonic()
+        for receipt, outcome in zip(due, outcomes, strict=True):
+            term = watch.held.get(receipt)
+            if term is None:  # settled while its renewal was under way
+                continue
+            if not isinstance(outcome, QueueRuntimeError):
+                watch.held[receipt] = self._term(duration, after, term.give_up_at)
+            elif outcome.is_transient and after < term.renew_at + duration * (1 - RENEW_AFTER):
+                watch.held[receipt] = _Term(after + duration * TOGETHER, term.give_up_at)
+            else:
+                self._lose(watch, [receipt], outcome)
+
+    def _lose(self, watch: _Watch, receipts: list[Receipt], error: QueueRuntimeError | None) -> None:
+        for receipt in receipts:
+            watch.held.pop(receipt, None)
+        why = error or "renewed for max_lock_renewal"
+        logger.warning("locks lost, queue=%s count=%d: %s", watch.receiver.queue_name, len(receipts), why)
+        self._on_lost(watch.receiver.id, receipts, error)

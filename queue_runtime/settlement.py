@@ -1,0 +1,172 @@
+"""From receipts to outcomes [C41, C42]: a lane per receiver, so that a message settles where it came from.
+
+A lane of a provider that settles in this process calls it at once. Every other lane is a slot of a
+MultiProducerConcurrentConsumer: what many callers settle at the same time travels in few batches, and each caller
+gets the outcome of its own message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from queue_runtime._core.mpcc import MultiProducerConcurrentConsumer
+from queue_runtime.config import ProviderConfig
+from queue_runtime.errors import ClosedError, QueueRuntimeError
+from queue_runtime.message import Receipt
+from queue_runtime.providers.base import Disposition, Outcome, Receiver
+
+SLOTS = 64
+"""Lanes of one MPCC; with more receivers than that, another one is made."""
+FIRST_PAUSE = 0.1
+"""Seconds before the second attempt of a settlement, doubled for each further one, unless the error says longer."""
+
+
+class Lane(Protocol):
+    """The way to settle what one receiver delivered."""
+
+    receiver: Receiver
+
+    async def settle(self, disposition: Disposition, receipts: Sequence[Receipt]) -> list[Outcome]:
+        """Settle all alike; return an outcome for each, in order."""
+        ...
+
+    async def flush(self) -> None:
+        """Wait until everything that was handed in has its outcome."""
+        ...
+
+
+class DirectLane:
+    """Settles at once."""
+
+    __slots__ = ("receiver", "settle")
+
+    def __init__(self, receiver: Receiver) -> None:
+        self.receiver = receiver
+        self.settle: Callable[[Disposition, Sequence[Receipt]], Awaitable[list[Outcome]]] = receiver.settle
+
+    async def flush(self) -> None:
+        """Nothing is ever under way."""
+
+
+class _Item(NamedTuple):
+    disposition: Disposition
+    receipt: Receipt
+
+
+class BatchedLane:
+    """Settles through a slot of an MPCC."""
+
+    __slots__ = ("_mpcc", "_slot", "_waiting", "receiver")
+
+    def __init__(self, receiver: Receiver, mpcc: MultiProducerConcurrentConsumer, slot: int) -> None:
+        self.receiver = receiver
+        self._mpcc = mpcc
+        self._slot = slot
+        self._waiting: set[asyncio.Future[Any]] = set()
+
+    async def settle(self, disposition: Disposition, receipts: Sequence[Receipt]) -> list[Outcome]:
+        results = [self._hand_in(_Item(disposition, receipt)) for receipt in receipts]
+        return [_outcome(result) for result in await asyncio.gather(*results, return_exceptions=True)]
+
+    async def flush(self) -> None:
+        while self._waiting:
+            await asyncio.wait(self._waiting)
+
+    def _hand_in(self, item: _Item) -> asyncio.Future[Any]:
+        future = self._mpcc.push_and_wait(item, self._slot)
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        return future
+
+
+class Settler:
+    """Makes the lanes of one client and runs the MPCCs behind them.
+
+    Thread-safety: for one event loop's thread only.
+    """
+
+    def __init__(self, config: ProviderConfig, *, in_process: bool) -> None:
+        self._config = config
+        self._direct = in_process and config.settlement == "auto"
+        self._receivers: list[list[Receiver | None]] = []
+        self._mpccs: list[MultiProducerConcurrentConsumer] = []
+        self._slots: dict[int, tuple[int, int]] = {}
+        self._free: list[tuple[int, int]] = []
+
+    def open_lane(self, receiver: Receiver) -> Lane:
+        """Return the lane of a receiver that was just opened."""
+        if self._direct:
+            return DirectLane(receiver)
+        if not self._free:
+            self._add_mpcc()
+        group, slot = self._slots[receiver.id] = self._free.pop()
+        self._receivers[group][slot] = receiver
+        return BatchedLane(receiver, self._mpccs[group], slot)
+
+    async def close_lane(self, lane: Lane) -> None:
+        """Wait for what is under way on the lane, then free its slot. The receiver is left open."""
+        await lane.flush()
+        place = self._slots.pop(lane.receiver.id, None)
+        if place is not None:
+            group, slot = place
+            self._receivers[group][slot] = None
+            self._free.append(place)
+
+    async def close(self) -> None:
+        """Settle what is under way and stop."""
+        for mpcc in self._mpccs:
+            await mpcc.complete()
+
+    def _add_mpcc(self) -> None:
+        config = self._config
+        receivers: list[Receiver | None] = [None] * SLOTS
+        mpcc = MultiProducerConcurrentConsumer(
+            config.settle_batch_size,
+            config.settle_interval,
+            config.settle_concurrency,
+            SLOTS,
+            retry=self._pause_before_retry,
+            overflow="unbounded",  # bounded by what was received: nobody settles more than he holds
+            slot_capacity=1024,
+        )
+        mpcc.start(_pump, receivers)
+        group = len(self._mpccs)
+        self._mpccs.append(mpcc)
+        self._receivers.append(receivers)
+        self._free.extend((group, slot) for slot in reversed(range(SLOTS)))
+
+    def _pause_before_retry(self, error: BaseException, attempt: int) -> float | None:
+        if attempt >= self._config.settle_attempts or not getattr(error, "is_transient", False):
+            return None
+        pause = FIRST_PAUSE * 2 ** (attempt - 1)
+        return max(pause, getattr(error, "retry_after", None) or 0.0)
+
+
+async def _pump(
+    items: list[_Item], slot: int, receivers: list[Receiver | None], cancellation: object
+) -> list[Outcome]:
+    """Settle a batch of one receiver: a call for each different disposition in it."""
+    receiver = receivers[slot]
+    if receiver is None:
+        raise ClosedError("the receiver of these messages is closed")
+    outcomes: list[Outcome] = [None] * len(items)
+    alike: dict[Disposition, list[int]] = {}
+    for place, item in enumerate(items):
+        alike.setdefault(item.disposition, []).append(place)
+    for disposition, places in alike.items():
+        try:
+            results: Sequence[Outcome] = await receiver.settle(disposition, [items[place].receipt for place in places])
+        except QueueRuntimeError as error:
+            results = [error] * len(places)
+        for place, result in zip(places, results, strict=True):
+            outcomes[place] = result
+    return outcomes
+
+
+def _outcome(result: object) -> Outcome:
+    if result is None or isinstance(result, QueueRuntimeError):
+        return result
+    assert isinstance(result, BaseException)
+    raise result
