@@ -1,0 +1,78 @@
+from libc.stdint cimport int64_t, uint32_t
+
+# Bits of Message.built: which fields exist as Python objects. A decoded message starts with none of them.
+cdef enum:
+    MESSAGE_ID = 1
+    SESSION_ID = 2
+    CORRELATION_ID = 4
+    CONTENT_TYPE = 8
+    DEDUPLICATION_ID = 16
+    ATTRIBUTES = 32
+    BODY = 64
+    EVERY_FIELD = 127
+    NUMBER_OF_FIELDS = 7
+
+
+cdef class Message:
+    # Read the fields through the methods below: behind a clear bit of `built` there is nothing yet.
+    cdef str _message_id
+    cdef str _session_id
+    cdef str _correlation_id
+    cdef str _content_type
+    cdef str _deduplication_id
+    cdef dict _attributes           # never handed out: only copies and read-only views of it are
+    cdef object _attributes_view
+    cdef bytes _body
+    cdef bytes wire                 # the envelope that this was decoded from or last encoded to, or None
+    cdef uint32_t at[7]             # where in `wire` each field starts, in the order of the bits above
+    cdef uint32_t built
+    cdef Py_ssize_t _size
+    cdef readonly int64_t ttl_us        # microseconds, -1 = none
+    cdef readonly int64_t scheduled_us  # microseconds since the epoch, -1 = none
+    cdef readonly int64_t delay_us      # microseconds, -1 = none
+
+    cdef int build(self, uint32_t field) except -1
+    cdef str c_message_id(self)
+    cdef str c_session_id(self)         # None = no session
+    cdef str c_correlation_id(self)
+    cdef str c_content_type(self)
+    cdef str c_deduplication_id(self)
+    cdef dict c_attributes(self)        # None = no attributes; the caller must not change it
+    cdef bytes c_body(self)
+    cdef Py_ssize_t c_size(self) except -1
+
+
+cdef class Receipt:
+    cdef readonly str queue_name
+    cdef readonly object token
+    cdef readonly long long receiver_id
+
+
+cdef class ReceivedMessage:
+    cdef Message _message
+    cdef readonly Receipt receipt       # None = peeked
+    cdef readonly long long delivery_count
+    # Seconds since the epoch; NaN = none.
+    cdef double enqueued_time
+    cdef double first_delivered_time
+    cdef double delivered_time
+    cdef double locked_until_time
+    cdef object _sequence_number        # an int, or None: then `sequence` says
+    cdef long long sequence             # -1 = none
+    cdef readonly str dead_letter_reason
+    cdef readonly str dead_letter_description
+
+    cdef Message whole(self)
+
+
+cdef bint is_session_id(str value) noexcept
+
+cdef Message make_bare()
+
+cdef Receipt make_receipt(str queue_name, object token, long long receiver_id)
+
+# Nothing is checked here: the caller vouches for the values. `sequence` -1 and times NaN mean none.
+cdef ReceivedMessage make_received(
+    Message message, Receipt receipt, long long delivery_count, double enqueued_at, double first_delivered_at,
+    double delivered_at, double locked_until, long long sequence, str dead_letter_reason, str dead_letter_description,
+)
