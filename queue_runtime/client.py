@@ -118,6 +118,11 @@ class QueueClient:
         """The provider's short label, such as ``memory``."""
         return self._provider.name
 
+    @property
+    def settles_at_once(self) -> bool:
+        """Whether settling is a call in this process; otherwise settlements travel in batches."""
+        return self._settler.is_direct
+
     # Sending.
 
     async def send_message(self, queue_name: str, message: Message) -> str:

@@ -89,7 +89,7 @@ class Settler:
 
     def __init__(self, config: ProviderConfig, *, in_process: bool) -> None:
         self._config = config
-        self._direct = in_process and config.settlement == "auto"
+        self.is_direct = in_process and config.settlement == "auto"
         self._receivers: list[list[Receiver | None]] = []
         self._mpccs: list[MultiProducerConcurrentConsumer] = []
         self._slots: dict[int, tuple[int, int]] = {}
@@ -97,7 +97,7 @@ class Settler:
 
     def open_lane(self, receiver: Receiver) -> Lane:
         """Return the lane of a receiver that was just opened."""
-        if self._direct:
+        if self.is_direct:
             return DirectLane(receiver)
         if not self._free:
             self._add_mpcc()

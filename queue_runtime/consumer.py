@@ -1,0 +1,156 @@
+"""Consumer: fetches in adaptive batches, runs handlers, settles what they did, and drains [C39, C40, C44]."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from queue_runtime.client import QueueClient
+from queue_runtime.errors import AlreadyStartedError, ConfigurationError
+from queue_runtime.feeds import Feed, QueueFeed, SessionFeed
+from queue_runtime.handling import ConsumerConfig, ConsumerObserver, ConsumerStats, Handler
+from queue_runtime.runner import Runner
+
+logger = logging.getLogger("queue_runtime.consumer")
+
+
+class Consumer:
+    """Runs a handler over the messages of a queue.
+
+    Parameters
+    ----------
+    client:
+        The client to receive from; it stays open when the consumer ends.
+    queue_name:
+        The queue.
+    handler:
+        ``async def handler(message)``, or a plain function, which runs in a thread. When it returns, the message is
+        completed. When it raises, the failure policy decides; ``RejectMessage`` and ``RetryMessage`` decide themselves.
+    config:
+        See ConsumerConfig.
+    observer:
+        Told of what happens.
+
+    A handler may see a message more than once: delivery is at least once. Messages of one session are handled in
+    order, one at a time; all others at most ``max_concurrency`` at a time. When the lock of a message is lost, its
+    async handler is cancelled; a plain one runs on in its thread, and its result is dropped.
+    Raises ConfigurationError, which names the field.
+
+    Thread-safety: for the client's event loop.
+    """
+
+    def __init__(
+        self,
+        client: QueueClient,
+        queue_name: str,
+        handler: Handler,
+        config: ConsumerConfig | None = None,
+        *,
+        observer: ConsumerObserver | None = None,
+    ) -> None:
+        if not callable(handler):
+            raise ConfigurationError("handler", f"must be a function of a message, not {type(handler).__name__}")
+        config = config or ConsumerConfig()
+        self._client = client
+        self._drain_timeout = float(config.drain_timeout)  # type: ignore[arg-type]  # seconds since its creation
+        self._runner = Runner(client, queue_name, handler, config, observer or ConsumerObserver())
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._feeds: list[Feed] = [QueueFeed(self._runner, config, self._spawn, share=1.0)]
+        if client.capabilities.sessions:
+            if self._runner.room.capacity < 2:
+                raise ConfigurationError("prefetch", "must be at least 2: one for sessions, one for other messages")
+            self._feeds = [feed(self._runner, config, self._spawn, share=0.5) for feed in (QueueFeed, SessionFeed)]
+        self._started = False
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._failure: BaseException | None = None
+
+    @property
+    def stats(self) -> ConsumerStats:
+        """The counters as they are now."""
+        return self._runner.stats
+
+    async def run(self, *, handle_signals: bool = False) -> ConsumerStats:
+        """Work until ``stop`` is called, or the task is cancelled; return the final counters.
+
+        With ``handle_signals``, SIGINT and SIGTERM drain, and a second one releases everything at once.
+        Raises AlreadyStartedError on a second run, and the error that made fetching impossible, such as
+        QueueNotFoundError, after draining.
+        """
+        if self._started:
+            raise AlreadyStartedError("this consumer was started already; make another one")
+        self._started = True
+        forget_listener = self._client.on_locks_lost(self._runner.locks_lost)
+        unhook = self._hook_signals() if handle_signals else None
+        try:
+            for feed in self._feeds:
+                feed.start()
+            await self._stop.wait()
+            await self._drain()
+        except asyncio.CancelledError:
+            self.stop_now()
+            await self._drain()
+            raise
+        finally:
+            forget_listener()
+            if unhook is not None:
+                unhook()
+            self._runner.close()
+        if self._failure is not None:
+            raise self._failure
+        return self.stats
+
+    def stop(self) -> None:
+        """Drain [C40]: fetch no more, release what waits, let running handlers finish within ``drain_timeout``."""
+        self._stop.set()
+
+    def stop_now(self) -> None:
+        """Cancel running handlers too, and release their messages."""
+        self._stop.set()
+        self._stop_now.set()
+
+    async def _drain(self) -> None:
+        deadline = self._client.clock.call_later(self._drain_timeout, self.stop_now)
+        hurried = asyncio.ensure_future(self._stop_now.wait())
+        try:
+            for feed in self._feeds:
+                await feed.stop()
+            while self._tasks and not hurried.done():
+                await asyncio.wait([*self._tasks, hurried], return_when=asyncio.FIRST_COMPLETED)
+            if self._tasks:
+                logger.warning("drained no longer, %d handlers are cancelled", self.stats.running)
+                self._runner.cancel_all()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            deadline.cancel()
+            hurried.cancel()
+            await asyncio.gather(hurried, return_exceptions=True)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._failure = self._failure or task.exception()
+            self.stop()
+
+    def _hook_signals(self) -> Callable[[], None]:
+        loop = asyncio.get_running_loop()
+
+        def ask() -> None:
+            if self._stop.is_set():
+                self.stop_now()
+            else:
+                self.stop()
+
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number in signals:
+            loop.add_signal_handler(number, ask)
+        return lambda: [loop.remove_signal_handler(number) for number in signals] and None

@@ -1,0 +1,205 @@
+"""One message after another: run its handler, settle what came of it, keep the count."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import logging
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from queue_runtime.client import QueueClient
+from queue_runtime.errors import QueueRuntimeError
+from queue_runtime.handling import (
+    ConsumerConfig,
+    ConsumerObserver,
+    ConsumerStats,
+    Handler,
+    RejectMessage,
+    RetryMessage,
+    default_policy,
+)
+from queue_runtime.message import ReceivedMessage, Receipt
+from queue_runtime.providers.base import ABANDON, COMPLETE, Action, Disposition
+from queue_runtime.room import Room
+
+logger = logging.getLogger("queue_runtime.consumer")
+
+
+@dataclass(slots=True)
+class _Counters:
+    """The part of ConsumerStats that is counted."""
+
+    received: int = 0
+    completed: int = 0
+    abandoned: int = 0
+    dead_lettered: int = 0
+    failed: int = 0
+    locks_lost: int = 0
+    settle_errors: int = 0
+    batches: int = 0
+    sessions: int = 0
+    sessions_open: int = 0
+
+
+class Runner:
+    """What the feeds of one consumer share: the handler, its bounds, and the messages that are held.
+
+    Thread-safety: for the client's event loop.
+    """
+
+    def __init__(
+        self,
+        client: QueueClient,
+        queue_name: str,
+        handler: Handler,
+        config: ConsumerConfig,
+        observer: ConsumerObserver,
+    ) -> None:
+        self.client = client
+        self.queue_name = queue_name
+        self.observer = observer
+        self.counters = _Counters()
+        self.max_concurrency = config.max_concurrency or client.config.max_concurrency
+        self.room = Room(config.prefetch or client.config.prefetch)
+        self._handler = handler
+        self._threads = None if _is_async(handler) else self._pool()
+        self._on_failure = config.on_failure or default_policy(config.max_attempts)
+        self._permits = asyncio.Semaphore(self.max_concurrency)
+        self._held: dict[Receipt, asyncio.Task[Any] | None] = {}
+        self._running = 0
+        self._lost: set[Receipt] = set()
+        self._cancelling = False
+
+    @property
+    def stats(self) -> ConsumerStats:
+        waiting = len(self._held) - self._running
+        return ConsumerStats(**asdict(self.counters), waiting=waiting, running=self._running)
+
+    def take_over(self, messages: Sequence[ReceivedMessage]) -> None:
+        """Count these as held from now on; their room was taken before."""
+        self._held.update(dict.fromkeys([message.receipt for message in messages]))
+        self.counters.received += len(messages)
+        self.counters.batches += 1
+        self.observer.batch_received(messages)
+
+    def let_go(self, messages: Sequence[ReceivedMessage]) -> None:
+        """Hold these no longer, however that came about."""
+        for message in messages:
+            self._held.pop(message.receipt, None)
+            self._lost.discard(message.receipt)
+        self.room.give(len(messages))
+
+    async def handle(self, message: ReceivedMessage) -> Disposition | None:
+        """Run the handler when one may run; return how to settle, or None when the right to settle is lost."""
+        await self._permits.acquire()
+        receipt = message.receipt
+        try:
+            if self._lost and receipt in self._lost:
+                return None
+            if self._cancelling:
+                return ABANDON
+            self._held[receipt] = asyncio.current_task()
+            self._running += 1
+            try:
+                return await self._run(message)
+            finally:
+                self._held[receipt] = None
+                self._running -= 1
+        finally:
+            self._permits.release()
+
+    async def settle(self, message: ReceivedMessage, disposition: Disposition | None) -> QueueRuntimeError | None:
+        """Settle, count, and let go; return the error, if it came to one."""
+        error = None
+        try:
+            if disposition is not None:
+                error = await self.client.settle(message.receipt, disposition)
+                self._count(message, disposition, error)
+        finally:
+            self.let_go((message,))
+        return error
+
+    def cancel_all(self) -> None:
+        """Cancel the handlers that run, and start no other: their messages are abandoned."""
+        self._cancelling = True
+        for task in self._held.values():
+            if task is not None:
+                task.cancel()
+
+    def locks_lost(self, receiver_id: int, receipts: Sequence[Receipt], error: QueueRuntimeError | None) -> None:
+        """Cancel the handlers of messages whose locks are lost, and handle those that wait no more."""
+        for receipt in receipts:
+            if receipt in self._held:
+                self.counters.locks_lost += 1
+                self._lost.add(receipt)
+                task = self._held[receipt]
+                if task is not None:
+                    task.cancel()
+
+    def close(self) -> None:
+        """Let go of the threads. One that runs on in a handler is not waited for."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, message: ReceivedMessage) -> Disposition | None:
+        try:
+            if self._threads is None:
+                await cast(Coroutine[Any, Any, object], self._handler(message))
+            else:
+                call = contextvars.copy_context().run
+                result = await asyncio.get_running_loop().run_in_executor(self._threads, call, self._handler, message)
+                if inspect.isawaitable(result):
+                    await result
+            return COMPLETE
+        except RejectMessage as reject:
+            return Disposition(Action.DEAD_LETTER, reason=reject.reason, description=reject.description)
+        except RetryMessage as retry:
+            return Disposition(Action.ABANDON, delay=retry.delay)
+        except Exception as error:
+            return self._failed(message, error)
+        except asyncio.CancelledError:
+            is_lost = message.receipt in self._lost
+            if not is_lost and not self._cancelling:
+                raise
+            # The cancellation was meant for the handler; the task goes on to settle.
+            cast("asyncio.Task[Any]", asyncio.current_task()).uncancel()
+            return None if is_lost else ABANDON
+
+    def _failed(self, message: ReceivedMessage, error: Exception) -> Disposition:
+        self.counters.failed += 1
+        logger.warning(
+            "handler failed, queue=%s message_id=%s attempt=%d",
+            self.queue_name,
+            message.message_id,
+            message.delivery_count,
+            exc_info=error,
+        )
+        self.observer.handler_failed(message, error)
+        try:
+            return self._on_failure(message, error)
+        except Exception:
+            logger.exception("the failure policy failed, queue=%s message_id=%s", self.queue_name, message.message_id)
+            return ABANDON
+
+    def _count(self, message: ReceivedMessage, disposition: Disposition, error: QueueRuntimeError | None) -> None:
+        if error is not None:
+            self.counters.settle_errors += 1
+            logger.warning("not settled, queue=%s message_id=%s: %s", self.queue_name, message.message_id, error)
+        elif disposition.action is Action.COMPLETE:
+            self.counters.completed += 1
+        elif disposition.action is Action.DEAD_LETTER:
+            self.counters.dead_lettered += 1
+        else:
+            self.counters.abandoned += 1
+        self.observer.message_settled(message, disposition, error)
+
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="queue-runtime-handler")
+
+
+def _is_async(handler: Handler) -> bool:
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None))  # noqa: B004
