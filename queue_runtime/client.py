@@ -6,7 +6,7 @@ import asyncio
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Literal, Self, cast
 
@@ -23,7 +23,7 @@ from queue_runtime.errors import (
     QueueRuntimeError,
     ValidationError,
 )
-from queue_runtime.message import Message, QueueName, ReceivedMessage, Receipt, SessionId
+from queue_runtime.message import Message, QueueName, Receipt, ReceivedMessage, SessionId
 from queue_runtime.providers import open_provider
 from queue_runtime.providers.base import (
     ABANDON,
@@ -151,7 +151,10 @@ class QueueClient:
         outcomes = await self._provider.send(queue_name, batch)
         if any(outcomes):
             raise BatchSendError(
-                [message.message_id if outcome is None else outcome for message, outcome in zip(batch, outcomes, strict=True)]
+                [
+                    message.message_id if outcome is None else outcome
+                    for message, outcome in zip(batch, outcomes, strict=True)
+                ]
             )
         return [message.message_id for message in batch]
 
@@ -402,7 +405,9 @@ class QueueClient:
         async with self._opening:
             if queue_name not in lanes:
                 dead_letter = lanes is self._dead_letter_lanes
-                lanes[queue_name] = self._add_lane(await self._provider.open_receiver(queue_name, dead_letter=dead_letter))
+                lanes[queue_name] = self._add_lane(
+                    await self._provider.open_receiver(queue_name, dead_letter=dead_letter)
+                )
             return lanes[queue_name]
 
     def _add_lane(self, receiver: Receiver) -> Lane:
@@ -537,4 +542,4 @@ def _receipt(message: object) -> Receipt:
 
 
 def _utc(epoch_seconds: float) -> datetime:
-    return datetime.fromtimestamp(epoch_seconds, timezone.utc)
+    return datetime.fromtimestamp(epoch_seconds, UTC)

@@ -37,8 +37,11 @@ class SystemClock:
 
     __slots__ = ()
 
-    time = staticmethod(time.time)
-    monotonic = staticmethod(time.monotonic)
+    def time(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
 
     def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
         return asyncio.get_running_loop().call_later(delay, callback)
@@ -107,9 +110,9 @@ async def sleep(clock: Clock, delay: float) -> None:
     if delay <= 0:
         await asyncio.sleep(0)
         return
-    done = asyncio.get_running_loop().create_future()
-    timer = clock.call_later(delay, lambda: done.done() or done.set_result(None))
+    over = asyncio.Event()
+    timer = clock.call_later(delay, over.set)
     try:
-        await done
+        await over.wait()
     finally:
         timer.cancel()

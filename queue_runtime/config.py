@@ -112,7 +112,9 @@ class ProviderConfig:
         values = {}
         for name, value in settings.items():
             if name not in fields:
-                raise ConfigurationError(name, f"is no setting of {cls.__name__}; there are {', '.join(sorted(fields))}")
+                raise ConfigurationError(
+                    name, f"is no setting of {cls.__name__}; there are {', '.join(sorted(fields))}"
+                )
             values[name] = _parsed(name, value, hints[name]) if isinstance(value, str) else value
         return cls(**values)
 
@@ -126,7 +128,8 @@ class InMemoryConfig(ProviderConfig):
     name:
         Clients of one process that give the same name share their queues; an empty name shares with nobody.
     capacity:
-        Messages that one queue holds at most, in whatever state; its dead letters are counted apart, with the same bound.
+        Messages that one queue holds at most, in whatever state; its dead letters are counted apart,
+        with the same bound.
     on_full:
         What a send to a full queue does: ``raise`` QueueFullError, or ``wait`` for room.
     auto_create:

@@ -153,4 +153,9 @@ class Consumer:
         signals = (signal.SIGINT, signal.SIGTERM)
         for number in signals:
             loop.add_signal_handler(number, ask)
-        return lambda: [loop.remove_signal_handler(number) for number in signals] and None
+
+        def unhook() -> None:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+        return unhook

@@ -89,7 +89,8 @@ class DeadLetters:
         A message is sent first and then removed from the dead letters, so that a crash in between leaves it in both
         places and never in none. Its deduplication id, delay and schedule are left behind: they would keep it from
         arriving. It looks at no more messages than were there at the start, so that one which fails again at once is
-        not moved for ever. Raises ValidationError for a bad argument, and what ``where`` raises; then nothing stays locked.
+        not moved for ever. Raises ValidationError for a bad argument, and what ``where`` raises; then nothing
+        stays locked.
         """
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
             raise ValidationError("limit", f"must be a whole number, at least 1, not {limit!r}")
@@ -179,7 +180,10 @@ class _Redrive:
         result = self._result
         failed = 0 if self._dry_run else len(chosen) - len(moved)
         self._result = RedriveResult(
-            result.scanned + len(messages), result.matched + len(chosen), result.moved + len(moved), result.failed + failed
+            result.scanned + len(messages),
+            result.matched + len(chosen),
+            result.moved + len(moved),
+            result.failed + failed,
         )
 
     async def _move(self, messages: list[ReceivedMessage]) -> list[ReceivedMessage]:

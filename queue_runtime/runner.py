@@ -22,7 +22,7 @@ from queue_runtime.handling import (
     RetryMessage,
     default_policy,
 )
-from queue_runtime.message import ReceivedMessage, Receipt
+from queue_runtime.message import Receipt, ReceivedMessage
 from queue_runtime.providers.base import ABANDON, COMPLETE, Action, Disposition
 from queue_runtime.room import Room
 

@@ -50,7 +50,9 @@ class CompositeKey:
         return None if len(present) < len(values) else self.prefix + self.separator.join(present)
 
     def __repr__(self) -> str:
-        return f"CompositeKey({', '.join(map(repr, self.fields))}, separator={self.separator!r}, prefix={self.prefix!r})"
+        return (
+            f"CompositeKey({', '.join(map(repr, self.fields))}, separator={self.separator!r}, prefix={self.prefix!r})"
+        )
 
 
 class FallbackKey:

@@ -8,7 +8,7 @@ gets the outcome of its own message.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from queue_runtime._core.mpcc import MultiProducerConcurrentConsumer
@@ -28,7 +28,7 @@ class Lane(Protocol):
 
     receiver: Receiver
 
-    async def settle(self, disposition: Disposition, receipts: Sequence[Receipt]) -> list[Outcome]:
+    async def settle(self, disposition: Disposition, receipts: Sequence[Receipt], /) -> list[Outcome]:
         """Settle all alike; return an outcome for each, in order."""
         ...
 
@@ -44,7 +44,7 @@ class DirectLane:
 
     def __init__(self, receiver: Receiver) -> None:
         self.receiver = receiver
-        self.settle: Callable[[Disposition, Sequence[Receipt]], Awaitable[list[Outcome]]] = receiver.settle
+        self.settle: Callable[[Disposition, Sequence[Receipt]], Coroutine[Any, Any, list[Outcome]]] = receiver.settle
 
     async def flush(self) -> None:
         """Nothing is ever under way."""
@@ -141,12 +141,11 @@ class Settler:
         if attempt >= self._config.settle_attempts or not getattr(error, "is_transient", False):
             return None
         pause = FIRST_PAUSE * 2 ** (attempt - 1)
-        return max(pause, getattr(error, "retry_after", None) or 0.0)
+        asked: float | None = getattr(error, "retry_after", None)
+        return max(pause, asked or 0.0)
 
 
-async def _pump(
-    items: list[_Item], slot: int, receivers: list[Receiver | None], cancellation: object
-) -> list[Outcome]:
+async def _pump(items: list[_Item], slot: int, receivers: list[Receiver | None], cancellation: object) -> list[Outcome]:
     """Settle a batch of one receiver: a call for each different disposition in it."""
     receiver = receivers[slot]
     if receiver is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from queue_runtime.errors import QueueRuntimeError
-from queue_runtime.message import Message, ReceivedMessage, Receipt
+from queue_runtime.message import Message, Receipt, ReceivedMessage
 
 Outcome = QueueRuntimeError | None
 """Of one message in a batch: None where it went well, else its error."""
@@ -110,7 +110,7 @@ class Receiver(Protocol):
         ...
 
     async def close(self) -> None:
-        """Release every message that is still locked, at once, and wake whoever waits in ``receive`` with ClosedError."""
+        """Release every message that is still locked, at once; whoever waits in ``receive`` gets a ClosedError."""
         ...
 
 
@@ -160,9 +160,7 @@ class Provider(Protocol):
         """Open a receiver of the messages without a session, or of the queue's dead letters."""
         ...
 
-    async def accept_session(
-        self, queue_name: str, session_id: str | None, timeout: float
-    ) -> SessionReceiver | None:
+    async def accept_session(self, queue_name: str, session_id: str | None, timeout: float) -> SessionReceiver | None:
         """Take this session, or with None the next one that has messages and no holder; None after ``timeout`` seconds.
 
         A session asked for by id is taken at once, even when it is empty. Raises SessionLockedError when it is held.
