@@ -535,8 +535,6 @@ def _receipt(message: object) -> Receipt:
     if isinstance(message, Receipt):
         return message
     if isinstance(message, ReceivedMessage):
-        if message.receipt is None:
-            raise ValidationError("message", "it was peeked, not received: there is nothing to settle")
         return message.receipt
     raise ValidationError("message", f"must be a ReceivedMessage or a Receipt, not {type(message).__name__}")
 

@@ -50,7 +50,7 @@ cdef class Receipt:
 
 cdef class ReceivedMessage:
     cdef Message _message
-    cdef readonly Receipt receipt       # None = peeked
+    cdef Receipt _receipt               # None = peeked
     cdef readonly long long delivery_count
     # Seconds since the epoch; NaN = none.
     cdef double enqueued_time

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
-from queue_runtime.errors import ValidationError
+from queue_runtime.errors import InvalidReceiptError, ValidationError
 
 import_datetime()
 
@@ -647,7 +647,7 @@ cdef class ReceivedMessage:
             self.dead_letter_reason = plain_text(dead_letter_reason, "dead_letter_reason")
         if dead_letter_description is not None:
             self.dead_letter_description = plain_text(dead_letter_description, "dead_letter_description")
-        self.receipt = receipt
+        self._receipt = receipt
         self.delivery_count = count
         self._message = message
 
@@ -741,6 +741,13 @@ cdef class ReceivedMessage:
         return as_instant(self.locked_until_time)
 
     @property
+    def receipt(self):
+        """The right to settle this delivery. Raises InvalidReceiptError for a message that was only peeked at."""
+        if self._receipt is None:
+            raise InvalidReceiptError("the receipt of a peeked message", "there is none: it was not received")
+        return self._receipt
+
+    @property
     def sequence_number(self):
         """Its place in the queue, or None."""
         if self._sequence_number is not None:
@@ -765,7 +772,7 @@ cdef class ReceivedMessage:
             text += f", sequence_number={self.sequence_number}"
         if self.dead_letter_reason is not None:
             text += f", dead_letter_reason={self.dead_letter_reason!r}"
-        return f"{text}, receipt={self.receipt!r})"
+        return f"{text}, receipt={self._receipt!r})"
 
     def __copy__(self):
         return self
@@ -783,7 +790,7 @@ cdef object time_or_none(double seconds):
 
 cdef tuple delivery_of(ReceivedMessage self):
     return (
-        self.whole(), self.receipt, self.delivery_count, time_or_none(self.enqueued_time),
+        self.whole(), self._receipt, self.delivery_count, time_or_none(self.enqueued_time),
         time_or_none(self.first_delivered_time), time_or_none(self.delivered_time),
         time_or_none(self.locked_until_time), self.sequence_number, self.dead_letter_reason,
         self.dead_letter_description,
@@ -809,7 +816,7 @@ cdef ReceivedMessage make_received(
 ):
     cdef ReceivedMessage received = ReceivedMessage.__new__(ReceivedMessage)
     received._message = message
-    received.receipt = receipt
+    received._receipt = receipt
     received.delivery_count = delivery_count
     received.enqueued_time = enqueued_at
     received.first_delivered_time = first_delivered_at
