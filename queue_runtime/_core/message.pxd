@@ -26,6 +26,7 @@ cdef class Message:
     cdef bytes wire                 # the envelope that this was decoded from or last encoded to, or None
     cdef uint32_t at[7]             # where in `wire` each field starts, in the order of the bits above
     cdef uint32_t built
+    cdef uint32_t ascii             # of a decoded message: which fields are ASCII in `wire`
     cdef Py_ssize_t _size
     cdef readonly int64_t ttl_us        # microseconds, -1 = none
     cdef readonly int64_t scheduled_us  # microseconds since the epoch, -1 = none
@@ -40,6 +41,7 @@ cdef class Message:
     cdef dict c_attributes(self)        # None = no attributes; the caller must not change it
     cdef bytes c_body(self)
     cdef Py_ssize_t c_size(self) except -1
+    cdef int check_made(self) except -1
 
 
 cdef class Receipt:

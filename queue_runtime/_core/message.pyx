@@ -2,7 +2,7 @@
 
 cimport cython
 from cpython.buffer cimport PyObject_CheckBuffer
-from cpython.bytes cimport PyBytes_AS_STRING
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.datetime cimport (
     PyDateTime_Check,
     PyDelta_Check,
@@ -16,7 +16,18 @@ from cpython.dict cimport PyDict_Next
 from cpython.object cimport PyObject
 from cpython.unicode cimport PyUnicode_FromObject
 from libc.math cimport NAN, isfinite, isnan, rint
-from libc.string cimport memcpy
+from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memcmp, memcpy
+
+from queue_runtime._core.wire cimport (
+    WIRE_MAX_ATTRIBUTES,
+    WIRE_MAX_SESSION_ID,
+    wire_checked_count,
+    wire_checked_run,
+    wire_hash,
+    wire_is_printable,
+    wire_text,
+)
 
 import os
 from collections.abc import Mapping
@@ -34,6 +45,7 @@ cdef extern from "Python.h":
     unsigned char *PyUnicode_1BYTE_DATA(object)
     const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *size) except NULL
     str PyUnicode_New(Py_ssize_t size, Py_UCS4 maxchar)
+    str PyUnicode_DecodeUTF8(const char *text, Py_ssize_t size, const char *errors)
     bint PyBytes_CheckExact(object)
     bint PyDict_CheckExact(object)
     bint PyBool_Check(object)
@@ -42,10 +54,6 @@ cdef extern from "Python.h":
 
 cdef object EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 cdef object NO_ATTRIBUTES = MappingProxyType({})
-
-cdef enum:
-    MAX_ATTRIBUTES = 256
-    MAX_SESSION_ID = 128
 
 cdef int64_t MAX_DURATION_US = <int64_t>0x7FFFFFFFFFFFFFFF
 # The last microsecond that a datetime can tell, 9999-12-31T23:59:59.999999Z.
@@ -135,13 +143,7 @@ cdef bint is_session_id(str value) noexcept:
     if not PyUnicode_IS_COMPACT_ASCII(value):
         return False
     cdef Py_ssize_t size = PyUnicode_GET_LENGTH(value)
-    cdef const unsigned char *text = PyUnicode_1BYTE_DATA(value)
-    cdef Py_ssize_t i
-    cdef bint good = 1 <= size <= MAX_SESSION_ID
-    if good:
-        for i in range(size):
-            good &= 0x20 <= text[i] <= 0x7E
-    return good
+    return 1 <= size <= WIRE_MAX_SESSION_ID and wire_is_printable(PyUnicode_1BYTE_DATA(value), size)
 
 
 cdef str plain_text(object value, str field):
@@ -219,8 +221,8 @@ cdef dict checked_attributes(object given, Py_ssize_t *size):
         raise ValidationError("attributes", f"must be a mapping of str to str, not {type(given).__name__}")
     if not attributes:
         return None
-    if len(attributes) > MAX_ATTRIBUTES:
-        raise ValidationError("attributes", f"has {len(attributes)} entries; the limit is {MAX_ATTRIBUTES}")
+    if len(attributes) > WIRE_MAX_ATTRIBUTES:
+        raise ValidationError("attributes", f"has {len(attributes)} entries; the limit is {WIRE_MAX_ATTRIBUTES}")
     while PyDict_Next(attributes, &position, &key, &value):
         if PyUnicode_CheckExact(<object>key) and PyUnicode_CheckExact(<object>value):
             if PyUnicode_GET_LENGTH(<object>key) == 0:
@@ -233,6 +235,64 @@ cdef dict checked_attributes(object given, Py_ssize_t *size):
         return attributes.copy()
     exact = {plain_text(name, "attributes"): plain_text(text, "attributes") for name, text in attributes.items()}
     return checked_attributes(exact, size)
+
+
+# Building fields of a decoded message. The wire was checked as a whole, so nothing here can find fault with it.
+
+cdef enum:
+    NAMES_KEPT = 256
+    LONGEST_NAME_KEPT = 32
+
+# Attribute names are the same few in most messages: these are kept, so that they (and their hashes) are made once.
+# A name has one place, by its bytes, and a newcomer takes it over: the memory is bounded.
+cdef list kept_names = [None] * NAMES_KEPT
+
+
+cdef str built_text(wire_text text, bint ascii):
+    cdef str built
+    if text.data is NULL:
+        return None
+    if not ascii:
+        return PyUnicode_DecodeUTF8(<const char *>text.data, text.size, NULL)
+    if text.size == 0:
+        return ""
+    built = PyUnicode_New(text.size, 127)
+    memcpy(PyUnicode_1BYTE_DATA(built), text.data, text.size)
+    return built
+
+
+cdef str built_name(wire_text text, bint ascii):
+    cdef str name
+    cdef size_t place
+    if not ascii or text.size > LONGEST_NAME_KEPT:
+        return built_text(text, ascii)
+    place = wire_hash(text.data, text.size) % NAMES_KEPT
+    kept = kept_names[place]
+    if kept is not None:
+        name = <str>kept
+        if (
+            <size_t>PyUnicode_GET_LENGTH(name) == text.size
+            and memcmp(PyUnicode_1BYTE_DATA(name), text.data, text.size) == 0
+        ):
+            return name
+    name = built_text(text, True)
+    kept_names[place] = name
+    return name
+
+
+cdef dict built_attributes(const uint8_t *at, bint ascii):
+    cdef size_t count = wire_checked_count(&at)
+    cdef wire_text name, value
+    cdef dict attributes
+    if count == 0:
+        return None
+    attributes = {}
+    for _ in range(count):
+        name = wire_checked_run(at)
+        value = wire_checked_run(name.data + name.size)
+        at = value.data + value.size
+        attributes[built_name(name, ascii)] = built_text(value, ascii)
+    return attributes
 
 
 @cython.final
@@ -280,7 +340,7 @@ cdef class Message:
         time_to_live=None, scheduled_at=None, delay=None, deduplication_id=None,
     ):
         cdef Py_ssize_t size = 0
-        if self.built or self.wire is not None:
+        if self.built or self.wire is not None:  # a second call of __init__
             raise TypeError("a Message is immutable; use replace() for a changed copy")
         if PyBytes_CheckExact(body):
             self._body = <bytes>body
@@ -302,7 +362,7 @@ cdef class Message:
         if session_id is not None:
             self._session_id = plain_text(session_id, "session_id")
             if not is_session_id(self._session_id):
-                raise ValidationError("session_id", f"must be 1 to {MAX_SESSION_ID} printable ASCII characters")
+                raise ValidationError("session_id", f"must be 1 to {WIRE_MAX_SESSION_ID} printable ASCII characters")
             size += PyUnicode_GET_LENGTH(self._session_id)
         if correlation_id is not None:
             self._correlation_id = plain_text(correlation_id, "correlation_id")
@@ -329,8 +389,35 @@ cdef class Message:
 
     # For the core. The first test is the whole cost once a field exists.
 
+    cdef int check_made(self) except -1:
+        if not self.built and self.wire is None:
+            raise ValidationError("message", "was made without its constructor; use Message(...)")
+        return 0
+
     cdef int build(self, uint32_t field) except -1:
-        raise ValidationError("message", "was made without its constructor; use Message(...)")
+        """Make the Python object of one field from the wire."""
+        cdef const uint8_t *wire
+        cdef bint ascii = self.ascii & field
+        self.check_made()
+        wire = <const uint8_t *>PyBytes_AS_STRING(self.wire)
+        if field == MESSAGE_ID:
+            self._message_id = built_text(wire_checked_run(wire + self.at[0]), ascii)
+        elif field == SESSION_ID:
+            self._session_id = built_text(wire_checked_run(wire + self.at[1]), ascii)
+        elif field == CORRELATION_ID:
+            self._correlation_id = built_text(wire_checked_run(wire + self.at[2]), ascii)
+        elif field == CONTENT_TYPE:
+            self._content_type = built_text(wire_checked_run(wire + self.at[3]), ascii)
+        elif field == DEDUPLICATION_ID:
+            self._deduplication_id = built_text(wire_checked_run(wire + self.at[4]), ascii)
+        elif field == ATTRIBUTES:
+            self._attributes = built_attributes(wire + self.at[5], ascii)
+        else:
+            body = wire_checked_run(wire + self.at[6])
+            self._body = PyBytes_FromStringAndSize(<const char *>body.data, body.size)
+        # Last: two threads that look first at the same time both build, and both values are right.
+        self.built |= field
+        return 0
 
     cdef str c_message_id(self):
         if not self.built & MESSAGE_ID:
@@ -368,8 +455,7 @@ cdef class Message:
         return self._body
 
     cdef Py_ssize_t c_size(self) except -1:
-        if not self.built and self.wire is None:
-            self.build(BODY)
+        self.check_made()
         return self._size
 
     # For everybody.
@@ -381,8 +467,14 @@ cdef class Message:
 
     @property
     def body_view(self):
-        """A read-only memoryview of the payload, without a copy."""
-        return memoryview(self.c_body())
+        """A read-only memoryview of the payload, without a copy: of a decoded message, on the bytes it came in."""
+        cdef wire_text body
+        cdef Py_ssize_t start
+        if self.built & BODY or self.wire is None:
+            return memoryview(self.c_body())
+        body = wire_checked_run(<const uint8_t *>PyBytes_AS_STRING(self.wire) + self.at[6])
+        start = body.data - <const uint8_t *>PyBytes_AS_STRING(self.wire)
+        return memoryview(self.wire)[start:start + <Py_ssize_t>body.size]
 
     @property
     def attributes(self):
@@ -460,6 +552,8 @@ cdef class Message:
         if not isinstance(other, Message):
             return NotImplemented
         cdef Message that = <Message>other
+        if self.wire is not None and self.wire is that.wire:
+            return True
         return (
             self.c_message_id() == that.c_message_id()
             and self.ttl_us == that.ttl_us
@@ -483,7 +577,7 @@ cdef class Message:
         text = f"Message(message_id={self.c_message_id()!r}"
         if self.c_session_id() is not None:
             text += f", session_id={self.c_session_id()!r}"
-        return f"{text}, {len(self.c_body())} bytes, {len(self.attributes)} attributes)"
+        return f"{text}, {self.body_view.nbytes} bytes, {len(self.attributes)} attributes)"
 
     def __copy__(self):
         return self
