@@ -12,6 +12,7 @@ from queue_runtime.client import QueueClient
 from queue_runtime.errors import AlreadyStartedError, ConfigurationError
 from queue_runtime.feeds import Feed, QueueFeed, SessionFeed
 from queue_runtime.handling import ConsumerConfig, ConsumerObserver, ConsumerStats, Handler
+from queue_runtime.message import QueueName
 from queue_runtime.runner import Runner
 
 logger = logging.getLogger("queue_runtime.consumer")
@@ -37,7 +38,7 @@ class Consumer:
     A handler may see a message more than once: delivery is at least once. Messages of one session are handled in
     order, one at a time; all others at most ``max_concurrency`` at a time. When the lock of a message is lost, its
     async handler is cancelled; a plain one runs on in its thread, and its result is dropped.
-    Raises ConfigurationError, which names the field.
+    Raises ConfigurationError or ValidationError, which name the field.
 
     Thread-safety: for the client's event loop.
     """
@@ -54,6 +55,7 @@ class Consumer:
         if not callable(handler):
             raise ConfigurationError("handler", f"must be a function of a message, not {type(handler).__name__}")
         config = config or ConsumerConfig()
+        queue_name = QueueName(queue_name)
         self._client = client
         self._drain_timeout = float(config.drain_timeout)  # type: ignore[arg-type]  # seconds since its creation
         self._runner = Runner(client, queue_name, handler, config, observer or ConsumerObserver())

@@ -140,7 +140,7 @@ class InvalidReceiptError(QueueRuntimeError):
     """The receipt gives no right to settle: it was used before, or its lock ran out."""
 
     def __init__(self, receipt: object, why: str = "it was settled before, or its lock ran out") -> None:
-        super().__init__(f"{receipt!r} is not valid: {why}")
+        super().__init__(f"{receipt!s} is not valid: {why}")
         self.receipt = receipt
 
 
