@@ -122,12 +122,13 @@ static inline qr_ring *qr_ring_new(uint64_t capacity) {
     while (cells < capacity) cells <<= 1;
     qr_ring *ring = (qr_ring *)qr_alloc_lines(sizeof(qr_ring));
     if (ring == NULL) return NULL;
-    ring->cells = (QR_ATOMIC(void *) *)qr_alloc_lines((size_t)cells * sizeof(ring->cells[0]));
+    /* Zeroed by calloc, which leaves the pages of a big ring untouched until it fills. NULL is all zeros wherever
+       CPython runs. */
+    ring->cells = (QR_ATOMIC(void *) *)calloc((size_t)cells, sizeof(ring->cells[0]));
     if (ring->cells == NULL) {
         qr_free_lines(ring);
         return NULL;
     }
-    for (uint64_t i = 0; i < cells; i++) qr_atomic_init(&ring->cells[i], NULL);
     qr_atomic_init(&ring->tail, 0);
     qr_atomic_init(&ring->limit, capacity);
     qr_atomic_init(&ring->head, 0);
@@ -142,7 +143,7 @@ static inline qr_ring *qr_ring_new(uint64_t capacity) {
 /* Free a ring that nobody shares any more. What is left in its cells is the caller's to release before. */
 static inline void qr_ring_free(qr_ring *ring) {
     if (ring == NULL) return;
-    qr_free_lines((void *)ring->cells);
+    free((void *)ring->cells);
     qr_free_lines(ring);
 }
 
@@ -237,6 +238,13 @@ static inline uint64_t qr_ring_close(qr_ring *ring) {
 }
 
 static inline void qr_ring_open(qr_ring *ring) { qr_fetch_and(&ring->tail, QR_POSITION, memory_order_relaxed); }
+
+/* Claim `count` positions of a ring that is closed to everybody else; the caller knows that there is room, and no
+   other call of this, close or open runs at the same time. It is how items that waited elsewhere come in, in order,
+   before the ring is opened again. Relaxed: the consumer itself calls it, and publishes what it claims. */
+static inline uint64_t qr_ring_claim_shut(qr_ring *ring, uint64_t count) {
+    return qr_fetch_add(&ring->tail, count, memory_order_relaxed) & QR_POSITION;
+}
 
 /* --- anybody: figures that may be old when they arrive, hence relaxed -------------------------------------------- */
 
