@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from queue_runtime._core import engine as core
-from queue_runtime._core.engine import Engine, Link
+from queue_runtime._core.engine import Engine
+from queue_runtime._core.ledger import Link
 from queue_runtime.clock import Clock, SystemClock, Timer
 from queue_runtime.config import InMemoryConfig
 from queue_runtime.errors import (
