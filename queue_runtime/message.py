@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Self
 
-from queue_runtime._core.message import Message, Receipt, ReceivedMessage
+from queue_runtime._core.delivery import Receipt, ReceivedMessage
+from queue_runtime._core.message import Message
 from queue_runtime.errors import ValidationError
 
 __all__ = ["Message", "MessageId", "QueueName", "ReceivedMessage", "Receipt", "SessionId"]

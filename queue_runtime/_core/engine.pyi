@@ -1,8 +1,9 @@
 from collections.abc import Sequence
 from typing import Final, final
 
+from queue_runtime._core.delivery import Receipt, ReceivedMessage
 from queue_runtime._core.ledger import Ledger, Link
-from queue_runtime._core.message import Message, Receipt, ReceivedMessage
+from queue_runtime._core.message import Message
 from queue_runtime.errors import QueueRuntimeError
 
 COMPLETE: Final[int]

@@ -19,15 +19,10 @@ from libc.math cimport INFINITY, NAN, fmax, isfinite
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
+from queue_runtime._core.delivery cimport Receipt, ReceivedMessage, make_received, make_receipt
+from queue_runtime._core.fields cimport is_session_id
 from queue_runtime._core.ledger cimport Lane, Ledger, Link, next_of
-from queue_runtime._core.message cimport (
-    Message,
-    Receipt,
-    ReceivedMessage,
-    is_session_id,
-    make_received,
-    make_receipt,
-)
+from queue_runtime._core.message cimport Message
 from queue_runtime._core.shelf cimport *
 
 from datetime import UTC, datetime

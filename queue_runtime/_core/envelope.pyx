@@ -24,15 +24,21 @@ from queue_runtime.errors import SerializationError, ValidationError
 
 cdef extern from "Python.h":
     bint PyBytes_CheckExact(object)
+    bint PyUnicode_IS_COMPACT_ASCII(object)
+    Py_ssize_t PyUnicode_GET_LENGTH(object)
+    unsigned char *PyUnicode_1BYTE_DATA(object)
     const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *size) except NULL
 
 
-cdef int point(wire_text *text, object value) except -1:
+cdef inline int point(wire_text *text, object value) except -1:
     """Let `text` point at the UTF-8 that `value`, a str or None, keeps for itself."""
     cdef Py_ssize_t size = 0
     if value is None:
         text.data = NULL
         text.size = 0
+    elif PyUnicode_IS_COMPACT_ASCII(value):
+        text.data = PyUnicode_1BYTE_DATA(value)
+        text.size = PyUnicode_GET_LENGTH(value)
     else:
         text.data = <const uint8_t *>PyUnicode_AsUTF8AndSize(value, &size)
         text.size = size
@@ -45,26 +51,24 @@ cdef int gather(Message message, wire_message *out, wire_text *attributes) excep
     cdef PyObject *value
     cdef Py_ssize_t position = 0
     cdef size_t count = 0
-    cdef dict mapping = message.c_attributes()
-    cdef bytes body = message.c_body()
-    point(&out.text[0], message.c_message_id())
-    point(&out.text[1], message.c_session_id())
-    point(&out.text[2], message.c_correlation_id())
-    point(&out.text[3], message.c_content_type())
-    point(&out.text[4], message.c_deduplication_id())
+    message.check_made()  # and has no wire, or nobody would ask: so every field is there
+    point(&out.text[0], message._message_id)
+    point(&out.text[1], message._session_id)
+    point(&out.text[2], message._correlation_id)
+    point(&out.text[3], message._content_type)
+    point(&out.text[4], message._deduplication_id)
     out.ttl_us = message.ttl_us
     out.scheduled_us = message.scheduled_us
     out.delay_us = message.delay_us
-    if mapping is not None:
-        while PyDict_Next(mapping, &position, &name, &value):
-            point(attributes, <object>name)
-            point(attributes + 1, <object>value)
-            attributes += 2
+    if message._attributes is not None:
+        while PyDict_Next(message._attributes, &position, &name, &value):
+            point(attributes + 2 * count, <object>name)
+            point(attributes + 2 * count + 1, <object>value)
             count += 1
-    out.attributes = attributes - 2 * count
+    out.attributes = attributes
     out.attribute_count = count
-    out.body.data = <const uint8_t *>PyBytes_AS_STRING(body)
-    out.body.size = PyBytes_GET_SIZE(body)
+    out.body.data = <const uint8_t *>PyBytes_AS_STRING(message._body)
+    out.body.size = PyBytes_GET_SIZE(message._body)
     return 0
 
 

@@ -19,6 +19,7 @@ enum {
     WIRE_VERSION = 1,
     WIRE_ELEMENTS = 11,
     WIRE_MAX_ATTRIBUTES = 256,
+    WIRE_MAX_NAME = 1024, /* bytes of an attribute's name */
     WIRE_MAX_SESSION_ID = 128,
 };
 
@@ -80,6 +81,8 @@ static inline bool wire_is_ascii(const uint8_t *p, size_t size) {
     uint64_t seen = 0;
     if (size >= 8) {
         size_t i = 0;
+        for (; i + 32 <= size; i += 32)
+            seen |= wire_load64(p + i) | wire_load64(p + i + 8) | wire_load64(p + i + 16) | wire_load64(p + i + 24);
         for (; i + 8 < size; i += 8) seen |= wire_load64(p + i);
         seen |= wire_load64(p + size - 8); /* the tail overlaps: no loop over single bytes */
         return !(seen & WIRE_EVERY(0x80));
@@ -111,124 +114,143 @@ static inline size_t wire_utf8_prefix(const uint8_t *p, size_t size) {
     return size;
 }
 
-/* Whether ASCII text is all printable, 0x20 to 0x7E. */
+/* Bytes outside 0x20..0x7E in this word, as a number that is zero when there are none. */
+static inline uint64_t wire_unprintable(uint64_t word) {
+    uint64_t delete = word ^ WIRE_EVERY(0x7F); /* a zero byte where word has 0x7F */
+    return (((word - WIRE_EVERY(0x20)) & ~word) | ((delete - WIRE_EVERY(0x01)) & ~delete) | word) & WIRE_EVERY(0x80);
+}
+
+/* Whether it is all printable ASCII, 0x20 to 0x7E. */
 static inline bool wire_is_printable(const uint8_t *p, size_t size) {
-    bool good = true;
-    for (size_t i = 0; i < size; i++) good &= p[i] >= 0x20 && p[i] <= 0x7E;
-    return good;
-}
-
-/* Spreads short texts well; equal hashes are compared byte for byte. */
-static inline uint64_t wire_hash(const uint8_t *p, size_t size) {
-    uint64_t hash = size * UINT64_C(0x9E3779B97F4A7C15);
-    size_t i = 0;
-    for (; i + 8 <= size; i += 8) {
-        hash = (hash ^ wire_load64(p + i)) * UINT64_C(0x9E3779B97F4A7C15);
-        hash ^= hash >> 29;
+    uint64_t bad = 0;
+    if (size >= 8) {
+        for (size_t i = 0; i + 8 < size; i += 8) bad |= wire_unprintable(wire_load64(p + i));
+        return !(bad | wire_unprintable(wire_load64(p + size - 8)));
     }
-    uint64_t tail = 0;
-    for (; i < size; i++) tail = tail << 8 | p[i];
-    hash = (hash ^ tail) * UINT64_C(0x9E3779B97F4A7C15);
-    return hash ^ hash >> 29;
+    for (size_t i = 0; i < size; i++) bad |= p[i] < 0x20 || p[i] > 0x7E;
+    return !bad;
 }
 
-/* ---- reading ---- */
+/* The first and the last eight bytes, which overlap in a text of less than sixteen. */
+static inline void wire_ends(const uint8_t *p, size_t size, uint64_t *first, uint64_t *last) {
+    if (size >= 8) {
+        *first = wire_load64(p);
+        *last = wire_load64(p + size - 8);
+    } else if (size >= 4) {
+        *first = wire_load32(p);
+        *last = wire_load32(p + size - 4);
+    } else {
+        *first = size ? p[0] : 0;
+        *last = size ? (uint64_t)p[size / 2] << 8 | p[size - 1] : 0;
+    }
+}
+
+/* For tables of short texts. */
+static inline uint64_t wire_hash(const uint8_t *p, size_t size) {
+    const uint64_t odd = UINT64_C(0x9E3779B97F4A7C15);
+    uint64_t first, last;
+    wire_ends(p, size, &first, &last);
+    uint64_t hash = (first ^ size) * odd;
+    for (size_t i = 8; i + 8 < size; i += 8) hash = (hash ^ hash >> 29 ^ wire_load64(p + i)) * odd;
+    hash = (hash ^ hash >> 29 ^ last) * odd;
+    return hash ^ hash >> 32;
+}
+
+/* ---- reading ----
+ * Each reader takes the position of its item, p, with start <= p <= end, and returns the position after it, again
+ * within these, or NULL when it found fault. */
 
 typedef struct {
-    const uint8_t *start, *at, *end; /* start <= at <= end, always */
+    const uint8_t *start, *end;
     wire_fault *fault;
 } wire_reader;
 
-static inline bool wire_fail(wire_reader *r, const char *field, const char *problem, const uint8_t *where) {
+static inline const uint8_t *wire_fail(const wire_reader *r, const char *field, const char *problem,
+                                       const uint8_t *where) {
     r->fault->field = field;
     r->fault->problem = problem;
     r->fault->offset = (uint64_t)(where - r->start);
     r->fault->claimed = r->fault->left = 0;
-    return false;
+    return NULL;
 }
 
-static inline size_t wire_left(const wire_reader *r) { return (size_t)(r->end - r->at); }
-
-/* Take a big-endian number of `width` bytes; the caller has checked that they are there. */
-static inline uint64_t wire_take(wire_reader *r, unsigned width) {
-    uint64_t value = 0;
-    for (unsigned i = 0; i < width; i++) value = value << 8 | r->at[i];
-    r->at += width;
-    return value;
+static inline const uint8_t *wire_missing(const wire_reader *r, const char *field) {
+    return wire_fail(r, field, "is missing: the bytes end here", r->end);
 }
 
-/* Take the first byte of an item. */
-static inline bool wire_lead(wire_reader *r, const char *field, uint8_t *lead) {
-    if (r->at == r->end) return wire_fail(r, field, "is missing: the bytes end here", r->at);
-    *lead = *r->at++;
-    return true;
+/* Read the big-endian length or number of `width` bytes that follows the lead byte at `header`. */
+static inline const uint8_t *wire_number(const wire_reader *r, const uint8_t *header, const char *field, unsigned width,
+                                         uint64_t *value) {
+    const uint8_t *p = header + 1;
+    if ((size_t)(r->end - p) < width) return wire_fail(r, field, "is cut off: the bytes end inside its header", header);
+    uint64_t number = 0;
+    for (unsigned i = 0; i < width; i++) number = number << 8 | p[i];
+    *value = number;
+    return p + width;
 }
 
-/* Take a length or a number of `width` bytes that follows a lead byte. */
-static inline bool wire_number(wire_reader *r, const char *field, unsigned width, uint64_t *value) {
-    if (wire_left(r) < width) return wire_fail(r, field, "is cut off: the bytes end inside its header", r->at - 1);
-    *value = wire_take(r, width);
-    return true;
-}
-
-/* Take a run of `size` bytes whose header started at `header`. */
-static inline bool wire_run(wire_reader *r, const char *field, const uint8_t *header, uint64_t size, wire_text *run) {
-    if (wire_left(r) < size) {
+/* Take the run of `size` bytes at p, whose header is at `header`. */
+static inline const uint8_t *wire_run(const wire_reader *r, const uint8_t *p, const uint8_t *header, const char *field,
+                                      uint64_t size, wire_text *run) {
+    size_t left = (size_t)(r->end - p);
+    if (left < size) {
         wire_fail(r, field, "is cut off", header);
         r->fault->claimed = size;
-        r->fault->left = wire_left(r);
-        return false;
+        r->fault->left = left;
+        return NULL;
     }
-    run->data = r->at;
+    run->data = p;
     run->size = (size_t)size;
-    r->at += size;
-    return true;
+    return p + size;
 }
 
-/* Read a str, or nil where that is allowed, and check that it is UTF-8. */
-static inline bool wire_read_text(wire_reader *r, const char *field, bool optional, wire_text *text, bool *ascii) {
-    const uint8_t *header = r->at;
-    uint8_t lead;
+/* Read a str, or nil where that is allowed, and check that it is UTF-8. Clears *ascii when it is not ASCII. */
+static inline const uint8_t *wire_read_text(const wire_reader *r, const uint8_t *p, const char *field, bool optional,
+                                            wire_text *text, bool *ascii) {
+    const uint8_t *header = p;
     uint64_t size;
-    if (!wire_lead(r, field, &lead)) return false;
+    if (p == r->end) return wire_missing(r, field);
+    uint8_t lead = *p;
     if ((lead & 0xE0) == 0xA0) {
         size = lead & 0x1F;
-    } else if (lead >= 0xD9 && lead <= 0xDB) {
-        if (!wire_number(r, field, 1u << (lead - 0xD9), &size)) return false;
+        p++;
     } else if (lead == 0xC0 && optional) {
         text->data = NULL;
         text->size = 0;
-        *ascii = true;
-        return true;
+        return p + 1;
+    } else if (lead >= 0xD9 && lead <= 0xDB) {
+        if (!(p = wire_number(r, header, field, 1u << (lead - 0xD9), &size))) return NULL;
     } else {
         return wire_fail(r, field, optional ? "must be a str or nil" : "must be a str", header);
     }
-    if (!wire_run(r, field, header, size, text)) return false;
-    *ascii = wire_is_ascii(text->data, text->size);
-    if (!*ascii) {
-        size_t good = wire_utf8_prefix(text->data, text->size);
-        if (good < text->size) return wire_fail(r, field, "is not valid UTF-8", text->data + good);
+    if (!(p = wire_run(r, p, header, field, size, text))) return NULL;
+    if (!wire_is_ascii(text->data, (size_t)size)) {
+        size_t good = wire_utf8_prefix(text->data, (size_t)size);
+        if (good < size) return wire_fail(r, field, "is not valid UTF-8", text->data + good);
+        *ascii = false;
     }
-    return true;
+    return p;
 }
 
 /* Read an int of any width, or nil, which is -1. */
-static inline bool wire_read_int(wire_reader *r, const char *field, int64_t least, int64_t most, int64_t *value) {
-    const uint8_t *header = r->at;
-    uint8_t lead;
+static inline const uint8_t *wire_read_int(const wire_reader *r, const uint8_t *p, const char *field, int64_t least,
+                                           int64_t most, int64_t *value) {
+    const uint8_t *header = p;
     uint64_t number;
-    if (!wire_lead(r, field, &lead)) return false;
+    if (p == r->end) return wire_missing(r, field);
+    uint8_t lead = *p;
     if (lead == 0xC0) {
         *value = -1;
-        return true;
+        return p + 1;
     }
     if (lead <= 0x7F) {
         number = lead;
+        p++;
     } else if (lead >= 0xCC && lead <= 0xCF) {
-        if (!wire_number(r, field, 1u << (lead - 0xCC), &number)) return false;
+        if (!(p = wire_number(r, header, field, 1u << (lead - 0xCC), &number))) return NULL;
     } else if (lead >= 0xD0 && lead <= 0xD3) {
         unsigned width = 1u << (lead - 0xD0);
-        if (!wire_number(r, field, width, &number)) return false;
+        if (!(p = wire_number(r, header, field, width, &number))) return NULL;
         if (number >> (8 * width - 1)) return wire_fail(r, field, "must not be negative", header);
     } else if (lead >= 0xE0) {
         return wire_fail(r, field, "must not be negative", header);
@@ -238,113 +260,112 @@ static inline bool wire_read_int(wire_reader *r, const char *field, int64_t leas
     if (number < (uint64_t)least) return wire_fail(r, field, "is too small", header);
     if (number > (uint64_t)most) return wire_fail(r, field, "is too large", header);
     *value = (int64_t)number;
-    return true;
+    return p;
 }
 
 /* Read the header of an array (fix 0x90, wide 0xDC) or a map (fix 0x80, wide 0xDE). */
-static inline bool wire_read_count(wire_reader *r, const char *field, const char *problem, uint8_t fix, uint8_t wide,
-                                   uint64_t *count) {
-    const uint8_t *header = r->at;
-    uint8_t lead;
-    if (!wire_lead(r, field, &lead)) return false;
+static inline const uint8_t *wire_read_count(const wire_reader *r, const uint8_t *p, const char *field,
+                                             const char *problem, uint8_t fix, uint8_t wide, uint64_t *count) {
+    if (p == r->end) return wire_missing(r, field);
+    uint8_t lead = *p;
     if ((lead & 0xF0) == fix) {
         *count = lead & 0x0F;
-        return true;
+        return p + 1;
     }
-    if (lead == wide || lead == wide + 1) return wire_number(r, field, lead == wide ? 2 : 4, count);
-    return wire_fail(r, field, problem, header);
+    if (lead == wide || lead == wide + 1) return wire_number(r, p, field, lead == wide ? 2 : 4, count);
+    return wire_fail(r, field, problem, p);
 }
 
-static inline bool wire_read_attributes(wire_reader *r, wire_envelope *out) {
-    static const char *const field = "attributes";
-    const uint8_t *header = r->at;
-    uint64_t count;
-    out->at[WIRE_ATTRIBUTES] = (uint32_t)(header - r->start);
-    if (!wire_read_count(r, field, "must be a map", 0x80, 0xDE, &count)) return false;
-    if (count > WIRE_MAX_ATTRIBUTES) return wire_fail(r, field, "has more than 256 entries", header);
-    bool all_ascii = true;
-    uint64_t hashes[WIRE_MAX_ATTRIBUTES];
+/* Names are compared pair by pair, after their ends were: with both limits, 256 of 1024 bytes, the worst that hostile
+ * names can cost is 33 MB of memcmp, about two milliseconds. */
+static inline const uint8_t *wire_read_attributes(const wire_reader *r, const uint8_t *p, wire_envelope *out) {
+    static const char *const name_of = "name of an attribute";
+    const uint8_t *header = p;
+    uint64_t count, first, last;
+    uint64_t prints[WIRE_MAX_ATTRIBUTES];
     wire_text names[WIRE_MAX_ATTRIBUTES];
+    bool ascii = true;
+    out->at[WIRE_ATTRIBUTES] = (uint32_t)(header - r->start);
+    if (!(p = wire_read_count(r, p, "attributes", "must be a map", 0x80, 0xDE, &count))) return NULL;
+    if (count > WIRE_MAX_ATTRIBUTES) return wire_fail(r, "attributes", "has more than 256 entries", header);
     for (size_t i = 0; i < count; i++) {
-        const uint8_t *name_header = r->at;
-        wire_text value;
-        bool ascii;
-        if (!wire_read_text(r, "name of an attribute", false, &names[i], &ascii)) return false;
-        if (names[i].size == 0) return wire_fail(r, "name of an attribute", "must not be empty", name_header);
-        all_ascii &= ascii;
-        hashes[i] = wire_hash(names[i].data, names[i].size);
+        wire_text name, value;
+        header = p;
+        if (!(p = wire_read_text(r, p, name_of, false, &name, &ascii))) return NULL;
+        if (name.size == 0) return wire_fail(r, name_of, "must not be empty", header);
+        if (name.size > WIRE_MAX_NAME) return wire_fail(r, name_of, "is longer than 1024 bytes", header);
+        wire_ends(name.data, name.size, &first, &last);
+        names[i] = name;
+        prints[i] = first ^ (last << 19 | last >> 45) ^ name.size;
         for (size_t k = 0; k < i; k++)
-            if (hashes[k] == hashes[i] && names[k].size == names[i].size &&
-                memcmp(names[k].data, names[i].data, names[i].size) == 0)
-                return wire_fail(r, "name of an attribute", "is there twice", name_header);
-        if (!wire_read_text(r, "value of an attribute", false, &value, &ascii)) return false;
-        all_ascii &= ascii;
-        out->size += names[i].size + value.size;
+            if (prints[k] == prints[i] && names[k].size == name.size && !memcmp(names[k].data, name.data, name.size))
+                return wire_fail(r, name_of, "is there twice", header);
+        if (!(p = wire_read_text(r, p, "value of an attribute", false, &value, &ascii))) return NULL;
+        out->size += name.size + value.size;
     }
-    out->ascii |= (uint32_t)all_ascii << WIRE_ATTRIBUTES;
-    return true;
+    out->ascii |= (uint32_t)ascii << WIRE_ATTRIBUTES;
+    return p;
 }
 
 /* Read the text of field number `index`. */
-static inline bool wire_read_field(wire_reader *r, wire_envelope *out, int index, const char *field, bool optional,
-                                   bool may_be_empty, wire_text *text) {
-    const uint8_t *header = r->at;
-    bool ascii;
+static inline const uint8_t *wire_read_field(const wire_reader *r, const uint8_t *p, wire_envelope *out, int index,
+                                             const char *field, bool optional, bool may_be_empty, wire_text *text) {
+    const uint8_t *header = p;
+    bool ascii = true;
     out->at[index] = (uint32_t)(header - r->start);
-    if (!wire_read_text(r, field, optional, text, &ascii)) return false;
+    if (!(p = wire_read_text(r, p, field, optional, text, &ascii))) return NULL;
     if (!may_be_empty && text->data != NULL && text->size == 0) return wire_fail(r, field, "must not be empty", header);
     out->ascii |= (uint32_t)ascii << index;
     out->size += text->size;
-    return true;
+    return p;
 }
 
 /* Check a whole envelope in one pass. False: `fault` says what is wrong; `out` is then of no use. */
 static inline bool wire_check(const uint8_t *data, size_t size, wire_envelope *out, wire_fault *fault) {
-    wire_reader reader = {data, data, data + size, fault};
-    wire_reader *r = &reader;
+    const wire_reader reader = {data, data + size, fault};
+    const wire_reader *r = &reader;
+    const uint8_t *p = data, *header;
     wire_text text;
-    uint64_t count;
+    uint64_t length;
     int64_t version;
     out->ascii = 0;
     out->size = 0;
-    if ((uint64_t)size > WIRE_MAX_SIZE) return wire_fail(r, "envelope", "is larger than 4 GiB", r->at);
+    if ((uint64_t)size > WIRE_MAX_SIZE) return wire_fail(r, "envelope", "is larger than 4 GiB", p);
     if (size >= 2 && data[0] == (0x90 | WIRE_ELEMENTS) && data[1] == WIRE_VERSION) {
-        r->at += 2;
+        p += 2;
     } else {
-        if (!wire_read_count(r, "envelope", "must be an array", 0x90, 0xDC, &count)) return false;
-        if (count == 0) return wire_fail(r, "version", "is missing: the array is empty", data);
-        const uint8_t *header = r->at;
-        if (!wire_read_int(r, "version", 0, INT64_MAX, &version)) return false;
+        if (!(p = wire_read_count(r, p, "envelope", "must be an array", 0x90, 0xDC, &length))) return false;
+        if (length == 0) return wire_fail(r, "version", "is missing: the array is empty", data);
+        header = p;
+        if (!(p = wire_read_int(r, p, "version", 0, INT64_MAX, &version))) return false;
         if (version != WIRE_VERSION) return wire_fail(r, "version", "is not 1, the one known here", header);
-        if (count != WIRE_ELEMENTS) return wire_fail(r, "envelope", "must have 11 elements", data);
+        if (length != WIRE_ELEMENTS) return wire_fail(r, "envelope", "must have 11 elements", data);
     }
-    if (!wire_read_field(r, out, WIRE_MESSAGE_ID, "message_id", false, false, &text)) return false;
-    if (!wire_read_field(r, out, WIRE_SESSION_ID, "session_id", true, false, &text)) return false;
+    if (!(p = wire_read_field(r, p, out, WIRE_MESSAGE_ID, "message_id", false, false, &text))) return false;
+    if (!(p = wire_read_field(r, p, out, WIRE_SESSION_ID, "session_id", true, false, &text))) return false;
     if (text.size > WIRE_MAX_SESSION_ID)
         return wire_fail(r, "session_id", "is longer than 128 characters", data + out->at[WIRE_SESSION_ID]);
-    if (!(out->ascii & 1u << WIRE_SESSION_ID) || !wire_is_printable(text.data, text.size))
+    if (!wire_is_printable(text.data, text.size))
         return wire_fail(r, "session_id", "must be printable ASCII", data + out->at[WIRE_SESSION_ID]);
-    if (!wire_read_field(r, out, WIRE_CORRELATION_ID, "correlation_id", true, true, &text)) return false;
-    if (!wire_read_field(r, out, WIRE_CONTENT_TYPE, "content_type", true, true, &text)) return false;
-    if (!wire_read_int(r, "time_to_live", 1, INT64_MAX, &out->ttl_us)) return false;
-    if (!wire_read_int(r, "scheduled_at", 0, WIRE_MAX_INSTANT, &out->scheduled_us)) return false;
-    const uint8_t *delay = r->at;
-    if (!wire_read_int(r, "delay", 0, INT64_MAX, &out->delay_us)) return false;
+    if (!(p = wire_read_field(r, p, out, WIRE_CORRELATION_ID, "correlation_id", true, true, &text))) return false;
+    if (!(p = wire_read_field(r, p, out, WIRE_CONTENT_TYPE, "content_type", true, true, &text))) return false;
+    if (!(p = wire_read_int(r, p, "time_to_live", 1, INT64_MAX, &out->ttl_us))) return false;
+    if (!(p = wire_read_int(r, p, "scheduled_at", 0, WIRE_MAX_INSTANT, &out->scheduled_us))) return false;
+    header = p;
+    if (!(p = wire_read_int(r, p, "delay", 0, INT64_MAX, &out->delay_us))) return false;
     if (out->delay_us >= 0 && out->scheduled_us >= 0)
-        return wire_fail(r, "delay", "excludes scheduled_at, which is there too", delay);
-    if (!wire_read_field(r, out, WIRE_DEDUPLICATION_ID, "deduplication_id", true, false, &text)) return false;
-    if (!wire_read_attributes(r, out)) return false;
+        return wire_fail(r, "delay", "excludes scheduled_at, which is there too", header);
+    if (!(p = wire_read_field(r, p, out, WIRE_DEDUPLICATION_ID, "deduplication_id", true, false, &text))) return false;
+    if (!(p = wire_read_attributes(r, p, out))) return false;
 
-    const uint8_t *header = r->at;
-    uint8_t lead;
-    uint64_t length;
+    header = p;
     out->at[WIRE_BODY] = (uint32_t)(header - data);
-    if (!wire_lead(r, "body", &lead)) return false;
-    if (lead < 0xC4 || lead > 0xC6) return wire_fail(r, "body", "must be a bin", header);
-    if (!wire_number(r, "body", 1u << (lead - 0xC4), &length)) return false;
-    if (!wire_run(r, "body", header, length, &text)) return false;
+    if (p == r->end) return wire_missing(r, "body");
+    if (*p < 0xC4 || *p > 0xC6) return wire_fail(r, "body", "must be a bin", header);
+    if (!(p = wire_number(r, header, "body", 1u << (*p - 0xC4), &length))) return false;
+    if (!(p = wire_run(r, p, header, "body", length, &text))) return false;
     out->size += text.size;
-    if (r->at != r->end) return wire_fail(r, "envelope", "has bytes after its end", r->at);
+    if (p != r->end) return wire_fail(r, "envelope", "has bytes after its end", p);
     return true;
 }
 
@@ -358,6 +379,11 @@ static inline wire_text wire_checked_run(const uint8_t *p) {
     if ((lead & 0xE0) == 0xA0) {
         run.data = p;
         run.size = lead & 0x1F;
+        return run;
+    }
+    if (lead == 0xD9) {
+        run.size = *p++;
+        run.data = p;
         return run;
     }
     if (lead == 0xC0) {

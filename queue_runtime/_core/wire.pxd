@@ -5,6 +5,7 @@ cdef extern from "wire.h" nogil:
         WIRE_ATTRIBUTES
         WIRE_BODY
         WIRE_MAX_ATTRIBUTES
+        WIRE_MAX_NAME
         WIRE_MAX_SESSION_ID
     const uint64_t WIRE_MAX_SIZE
     const int64_t WIRE_MAX_INSTANT
