@@ -9,13 +9,16 @@ import hmac
 import json
 import random
 import string
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 SECRET = b"not a secret: this is an example"
-START = datetime(2026, 3, 2, 8, 0, tzinfo=timezone.utc)
-REPOSITORIES = ["acme/engine", "acme/website", "acme/docs", "kobo-lab/reader", "kobo-lab/typesetter", "northwind/billing"]
+START = datetime(2026, 3, 2, 8, 0, tzinfo=UTC)
+REPOSITORIES = [
+    *("acme/engine", "acme/website", "acme/docs"),
+    *("kobo-lab/reader", "kobo-lab/typesetter", "northwind/billing"),
+]
 PEOPLE = ["ada", "bjarne-k", "chloe", "dmitri-v", "esra", "fumiko"]
 TITLES = [
     "Fix a lost wake-up when the queue drains",
@@ -29,7 +32,8 @@ TITLES = [
     "Drop support for old tokens",
     'Quote "names" with \\ and tabs\tproperly',
 ]
-WORDS = "the queue holds each message until its handler is done and then lets the next one of the session go".split()
+SENTENCE = "the queue holds each message until its handler is done and then lets the next one of the session go"
+WORDS = SENTENCE.split()
 Event = dict[str, Any]
 
 
@@ -173,7 +177,8 @@ class Maker:
         )
 
     def check_run(self, repository: str, when: datetime, annotation_count: int) -> None:
-        places = [(f"src/part_{self.random.randrange(40)}.c", self.random.randrange(1, 900)) for _ in range(annotation_count)]
+        rng = self.random
+        places = [(f"src/part_{rng.randrange(40)}.c", rng.randrange(1, 900)) for _ in range(annotation_count)]
         annotations = [
             {
                 "path": path,

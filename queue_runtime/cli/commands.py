@@ -136,11 +136,20 @@ def root() -> None:
 @click.option("--queue", "queue_name", callback=_queue, required=True, help="The queue.")
 @click.option("--feed", type=_file, help="Send each line of this file of JSON lines meanwhile; - is stdin.")
 @_session_key
-@click.option("--concurrency", type=click.IntRange(1), help="Handlers at once.  [default: the provider's, 16]")
-@click.option("--prefetch", type=click.IntRange(1), help="Messages held at most.  [default: the provider's, 100]")
-@click.option("--max-sessions", type=click.IntRange(1), default=100, show_default=True, help="Sessions held at once.")
 @click.option(
-    "--max-attempts", type=click.IntRange(1), help="The failure of this delivery dead-letters a message.  [default: 5]"
+    "--concurrency", metavar="N", type=click.IntRange(1), help="Handlers at once.  [default: the provider's, 16]"
+)
+@click.option(
+    "--prefetch", metavar="N", type=click.IntRange(1), help="Messages held at most.  [default: the provider's, 100]"
+)
+@click.option(
+    "--max-sessions", metavar="N", type=click.IntRange(1), default=100, show_default=True, help="Sessions held at once."
+)
+@click.option(
+    "--max-attempts",
+    metavar="N",
+    type=click.IntRange(1),
+    help="The failure of this delivery dead-letters a message.  [default: 5]",
 )
 @click.option(
     "--drain-timeout", type=click.FloatRange(0), default=30.0, show_default=True, metavar="SECONDS",
@@ -151,7 +160,14 @@ def root() -> None:
     help="When to stop; until empty by default where memory:// is fed, else on a signal.",
 )  # fmt: skip
 @click.option("--fail-on-dead-letters", is_flag=True, help="Exit with 4 when there are any at the end.")
-@click.option("--show", type=click.IntRange(0), default=10, show_default=True, help="Dead letters to list at the end.")
+@click.option(
+    "--show",
+    metavar="N",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="Dead letters to list at the end.",
+)
 @click.option("--progress/--no-progress", "wanted", default=True, help="A line that lives, on a terminal.")
 @_json
 @click.option("-v", "--verbose", is_flag=True, help="Show the whole log, with tracebacks.")
@@ -318,8 +334,12 @@ def _bodies(bodies: Sequence[str]) -> list[bytes]:
 @root.command(epilog=CODES)
 @click.argument("queue_name", metavar="QUEUE", callback=_queue)
 @_provider
-@click.option("--limit", type=click.IntRange(1, MAX_COUNT), default=10, show_default=True, help="Messages to show.")
-@click.option("--from", "start", type=click.IntRange(0), default=0, help="The first sequence number to show.")
+@click.option(
+    "--limit", metavar="N", type=click.IntRange(1, MAX_COUNT), default=10, show_default=True, help="Messages to show."
+)
+@click.option(
+    "--from", "start", metavar="N", type=click.IntRange(0), default=0, help="The first sequence number to show."
+)
 @_json
 def peek(queue_name: str, provider: str, limit: int, start: int, as_json: bool) -> None:
     """Show messages of QUEUE, without taking them or counting a delivery."""
@@ -345,7 +365,14 @@ _reason = click.option("--filter-reason", "reason", help="Only those with exactl
 @click.argument("queue_name", metavar="QUEUE", callback=_queue)
 @_provider
 @_reason
-@click.option("--limit", type=click.IntRange(1, MAX_COUNT), default=10, show_default=True, help="Dead letters to show.")
+@click.option(
+    "--limit",
+    metavar="N",
+    type=click.IntRange(1, MAX_COUNT),
+    default=10,
+    show_default=True,
+    help="Dead letters to show.",
+)
 @_json
 def list_dead_letters(queue_name: str, provider: str, reason: str | None, limit: int, as_json: bool) -> None:
     """Show the dead letters of QUEUE and why they are there."""
@@ -375,8 +402,8 @@ def list_dead_letters(queue_name: str, provider: str, reason: str | None, limit:
 @click.argument("queue_name", metavar="QUEUE", callback=_queue)
 @_provider
 @_reason
-@click.option("--limit", type=click.IntRange(1), help="How many to send back at most.")
-@click.option("--rate", type=click.FloatRange(0, min_open=True), help="How many a second at most.")
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="How many to send back at most.")
+@click.option("--rate", metavar="R", type=click.FloatRange(0, min_open=True), help="How many a second at most.")
 @click.option("--dry-run", is_flag=True, help="Only count what would be sent back.")
 @_json
 @click.pass_context

@@ -67,7 +67,7 @@ def message_of(data: bytes, key: SessionKey | None, settings: Mapping[str, Any])
     except UnicodeDecodeError as error:
         raise ValidationError("line", f"is not UTF-8: {data[error.start]:#04x} at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
-        raise ValidationError("line", f"is not JSON: {error.msg} at column {error.colno}") from None
+        raise ValidationError("line", f"is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
     except RecursionError:
         raise ValidationError("line", "is not JSON that can be read: it is nested too deeply") from None
     except ValueError as error:

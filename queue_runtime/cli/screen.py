@@ -37,6 +37,17 @@ def console(*, stderr: bool = False) -> Console:
     return made
 
 
+def _print(what: Table | Text) -> None:
+    screen = console()
+    if screen.is_terminal:
+        screen.print(what)
+        return
+    with screen.capture() as captured:
+        screen.print(what)
+    for line in captured.get().splitlines():
+        sys.stdout.write(line.rstrip() + "\n")  # rich fills lines up to the console's width
+
+
 def tell(sentence: str) -> None:
     """Say something to the user, on stderr."""
     sys.stderr.write(shown(sentence) + "\n")
@@ -88,16 +99,16 @@ def progress(work: Work, wanted: bool) -> Iterator[None]:
 
 def print_report(report: Report) -> None:
     """Print the final table of a run, and its dead letters."""
-    screen = console()
-    screen.print(_summary(report))
+    _print(_summary(report))
     listed, total = report.meter.dead_letters, report.dead_lettered
     if listed:
         table = _table("message", "session", "deliveries", "reason", "description")
         for dead in listed:
             count = str(dead.delivery_count)
             _row(table, dead.message_id, dead.session_id, count, dead.reason, dead.description)
-        screen.print(Text(f"Dead letters{f', the first {len(listed)} of {total:,}' if total > len(listed) else ''}"))
-        screen.print(table)
+        which = f", the first {len(listed)} of {total:,}" if total > len(listed) else ""
+        _print(Text(f"\nDead letters{which}"))
+        _print(table)
 
 
 def _summary(report: Report) -> Table:
@@ -161,7 +172,7 @@ def print_messages(messages: Sequence[ReceivedMessage]) -> None:
             _when(message),
             message.body[:200].decode("utf-8", "replace")[:60],
         )
-    console().print(table)
+    _print(table)
 
 
 def print_dead_letters(messages: Sequence[ReceivedMessage]) -> None:
@@ -178,7 +189,7 @@ def print_dead_letters(messages: Sequence[ReceivedMessage]) -> None:
             message.dead_letter_reason,
             message.dead_letter_description,
         )
-    console().print(table)
+    _print(table)
 
 
 def message_as_json(message: ReceivedMessage) -> dict[str, Any]:
@@ -213,7 +224,7 @@ def _when(message: ReceivedMessage) -> str:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     for column in columns:
         right = column in ("number", "size", "deliveries")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
@@ -242,11 +253,11 @@ class _Lines(logging.Handler):
             kind = (str(record.msg), type(error).__name__)
             self._seen[kind] += 1
             if self._seen[kind] > ALIKE:
+                if self._seen[kind] == ALIKE + 1:
+                    tell("note: more of these are only counted; -v shows all")
                 return
             if error is not None:
                 line += f": {type(error).__name__}: {error}{_place(error)}"
-            if self._seen[kind] == ALIKE:
-                line += " (the next ones like this are only counted; -v shows all)"
         tell(f"{record.levelname.lower()}: {line}")
         if self._whole and error is not None:
             sys.stderr.write("".join(traceback.format_exception(error)))
