@@ -118,6 +118,7 @@ class Consumer:
         deadline = self._client.clock.call_later(self._drain_timeout, self.stop_now)
         hurried = asyncio.ensure_future(self._stop_now.wait())
         try:
+            self._runner.begin_no_more()
             for feed in self._feeds:
                 await feed.stop()
             while self._tasks and not hurried.done():
@@ -125,6 +126,7 @@ class Consumer:
             if self._tasks:
                 logger.warning("drained no longer, %d handlers are cancelled", self.stats.running)
                 self._runner.cancel_all()
+            while self._tasks:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
             deadline.cancel()

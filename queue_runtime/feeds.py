@@ -80,11 +80,12 @@ class QueueFeed:
         messages = [message for message, _ in self._ready]
         self._ready.clear()
         if messages:
-            self._runner.let_go(messages)
             try:
                 await self._runner.client.abandon_messages(messages)
             except QueueRuntimeError as error:
                 logger.warning("not all released, queue=%s: %s", self._runner.queue_name, error)
+            finally:
+                self._runner.let_go(messages)
 
     async def _fetch(self) -> None:
         runner = self._runner

@@ -72,6 +72,8 @@ class Runner:
         self._held: dict[Receipt, asyncio.Task[Any] | None] = {}
         self._running = 0
         self._lost: set[Receipt] = set()
+        self._queued: set[asyncio.Task[Any]] = set()
+        self._beginning = True
         self._cancelling = False
 
     @property
@@ -95,14 +97,13 @@ class Runner:
 
     async def handle(self, message: ReceivedMessage) -> Disposition | None:
         """Run the handler when one may run; return how to settle, or None when the right to settle is lost."""
-        await self._permits.acquire()
+        if not await self._may_begin():
+            return ABANDON
         receipt = message.receipt
         try:
             if self._lost and receipt in self._lost:
                 return None
-            if self._cancelling:
-                return ABANDON
-            self._held[receipt] = asyncio.current_task()
+            self._held[receipt] = _current_task()
             self._running += 1
             try:
                 return await self._run(message)
@@ -123,8 +124,14 @@ class Runner:
             self.let_go((message,))
         return error
 
+    def begin_no_more(self) -> None:
+        """Start no further handler: the messages that wait for one are abandoned at once."""
+        self._beginning = False
+        for task in self._queued:
+            task.cancel()
+
     def cancel_all(self) -> None:
-        """Cancel the handlers that run, and start no other: their messages are abandoned."""
+        """Cancel the handlers that run: their messages are abandoned."""
         self._cancelling = True
         for task in self._held.values():
             if task is not None:
@@ -144,6 +151,24 @@ class Runner:
         """Let go of the threads. One that runs on in a handler is not waited for."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _may_begin(self) -> bool:
+        """Wait for a permit; false when no handler begins any more."""
+        if self._beginning and self._permits.locked():
+            task = _current_task()
+            self._queued.add(task)
+            try:
+                await self._permits.acquire()
+                return True
+            except asyncio.CancelledError:
+                if self._beginning:
+                    raise
+                task.uncancel()
+            finally:
+                self._queued.discard(task)
+        elif self._beginning:
+            await self._permits.acquire()
+        return self._beginning
 
     async def _run(self, message: ReceivedMessage) -> Disposition | None:
         try:
@@ -166,7 +191,7 @@ class Runner:
             if not is_lost and not self._cancelling:
                 raise
             # The cancellation was meant for the handler; the task goes on to settle.
-            cast("asyncio.Task[Any]", asyncio.current_task()).uncancel()
+            _current_task().uncancel()
             return None if is_lost else ABANDON
 
     def _failed(self, message: ReceivedMessage, error: Exception) -> Disposition:
@@ -199,6 +224,10 @@ class Runner:
 
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="queue-runtime-handler")
+
+
+def _current_task() -> asyncio.Task[Any]:
+    return cast("asyncio.Task[Any]", asyncio.current_task())
 
 
 def _is_async(handler: Handler) -> bool:

@@ -75,7 +75,7 @@ class BatchedLane:
             await asyncio.wait(self._waiting)
 
     def _hand_in(self, item: _Item) -> asyncio.Future[Any]:
-        future = self._mpcc.push_and_wait(item, self._slot)
+        future = self._mpcc.submit(item, self._slot)
         self._waiting.add(future)
         future.add_done_callback(self._waiting.discard)
         return future
