@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from queue_runtime import Consumer, InMemoryConfig, Message, QueueClient, ReceivedMessage
+from queue_runtime import (
+    Consumer,
+    ConsumerObserver,
+    Disposition,
+    InMemoryConfig,
+    Message,
+    QueueClient,
+    ReceivedMessage,
+)
 
 COUNT = 5_000
 HANDLERS = 16
@@ -22,6 +30,19 @@ GROUP = "consumer with an empty handler, per message"
 
 async def handle(message: ReceivedMessage) -> None:
     pass
+
+
+class Countdown(ConsumerObserver):
+    """Says when the last message is settled."""
+
+    def __init__(self) -> None:
+        self.left = COUNT
+        self.done = asyncio.Event()
+
+    def message_settled(self, message: ReceivedMessage, disposition: Disposition, error: Exception | None) -> None:
+        self.left -= 1
+        if not self.left:
+            self.done.set()
 
 
 class Setting:
@@ -41,10 +62,10 @@ class Setting:
         )
 
     async def consume(self) -> None:
-        consumer = Consumer(self.client, "q", handle)
+        observer = Countdown()
+        consumer = Consumer(self.client, "q", handle, observer=observer)
         task = asyncio.ensure_future(consumer.run())
-        while consumer.stats.completed < COUNT:
-            await asyncio.sleep(0)
+        await observer.done.wait()
         consumer.stop()
         await task
 

@@ -1,1 +1,93 @@
-"""One asynchronous API over message queues, with a compiled core."""
+"""One asynchronous API over message queues, with a compiled core.
+
+``QueueClient`` sends, receives and settles; ``Consumer`` runs a handler over a queue. The names below are the whole
+public face; everything else may change without notice. Each is imported when it is first asked for, so that who needs
+only the envelope or the batch sizer does not load asyncio.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "Action": "providers.base",
+    "AdaptiveBatchSizer": "_core.batch",
+    "AlreadyStartedError": "errors",
+    "AuthenticationFailedError": "errors",
+    "BatchError": "errors",
+    "BatchSendError": "errors",
+    "BatchSettleError": "errors",
+    "BatchTooLargeError": "errors",
+    "Capabilities": "providers.base",
+    "CapabilityError": "errors",
+    "CircuitOpenError": "errors",
+    "Clock": "clock",
+    "ClosedError": "errors",
+    "CompositeKey": "sessions",
+    "ConfigurationError": "errors",
+    "ConnectionFailedError": "errors",
+    "Consumer": "consumer",
+    "ConsumerConfig": "handling",
+    "ConsumerObserver": "handling",
+    "ConsumerStats": "handling",
+    "DeadLetters": "dlq",
+    "Disposition": "providers.base",
+    "FailurePolicy": "handling",
+    "FallbackKey": "sessions",
+    "FieldKey": "sessions",
+    "Handler": "handling",
+    "InMemoryConfig": "config",
+    "InvalidReceiptError": "errors",
+    "MPCC": "_core.mpcc",
+    "MPCCStats": "_core.outcome",
+    "ManualClock": "clock",
+    "Message": "message",
+    "MessageId": "message",
+    "MessageTooLargeError": "errors",
+    "MultiProducerConcurrentConsumer": "_core.mpcc",
+    "NoKey": "sessions",
+    "PermissionDeniedError": "errors",
+    "ProviderConfig": "config",
+    "ProviderError": "errors",
+    "QueueClient": "client",
+    "QueueCounts": "providers.base",
+    "QueueFullError": "errors",
+    "QueueName": "message",
+    "QueueNotFoundError": "errors",
+    "QueueRuntimeError": "errors",
+    "QueueTimeoutError": "errors",
+    "Receipt": "message",
+    "ReceivedMessage": "message",
+    "RedriveResult": "dlq",
+    "RejectMessage": "handling",
+    "RetryMessage": "handling",
+    "SerializationError": "errors",
+    "ServiceUnavailableError": "errors",
+    "Session": "client",
+    "SessionId": "message",
+    "SessionKey": "sessions",
+    "SessionLockLostError": "errors",
+    "SessionLockedError": "errors",
+    "SessionNotFoundError": "errors",
+    "SlotOutOfRangeError": "errors",
+    "SystemClock": "clock",
+    "ThrottledError": "errors",
+    "ValidationError": "errors",
+    "decode_envelope": "_core.envelope",
+    "encode_envelope": "_core.envelope",
+    "encode_envelope_into": "_core.envelope",
+}
+"""Every public name and the module that it lives in; ``__init__.pyi`` tells type checkers the same."""
+
+__version__ = "0.1.0"
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -146,13 +146,11 @@ class SessionFeed:
         self._acceptor_count = min(ACCEPTORS, config.max_sessions)
         self._acceptors: list[asyncio.Task[None]] = []
         self._waiting: set[asyncio.Task[Any]] = set()
-        self._stopped = False
 
     def start(self) -> None:
         self._acceptors = [self._spawn(self._accept()) for _ in range(self._acceptor_count)]
 
     async def stop(self) -> None:
-        self._stopped = True
         await _cancelled([*self._acceptors, *self._waiting])
 
     async def _accept(self) -> None:
@@ -190,7 +188,7 @@ class SessionFeed:
 
     async def _serve(self, session: Session, buffer: deque[ReceivedMessage]) -> None:
         left = self._turn
-        while not self._stopped:
+        while self._runner.is_beginning:
             if not buffer:
                 messages = await self._receive(session, min(SESSION_BATCH, left)) if left else []
                 if not messages:
@@ -203,7 +201,7 @@ class SessionFeed:
             error = await self._runner.settle(message, disposition)
             if disposition is None or error is not None:
                 return
-            if disposition.action is Action.ABANDON and buffer and not self._stopped:
+            if disposition.action is Action.ABANDON and buffer and self._runner.is_beginning:
                 # Its followers are here already and wait for it; released, they would use up deliveries.
                 again = await self._receive(session, 1, disposition.delay + 1.0 if disposition.delay else 0.0)
                 ordered = sorted([*again, *buffer], key=lambda held: held.sequence_number or 0)

@@ -73,7 +73,8 @@ class Runner:
         self._running = 0
         self._lost: set[Receipt] = set()
         self._queued: set[asyncio.Task[Any]] = set()
-        self._beginning = True
+        self.is_beginning = True
+        """Whether handlers still begin; false once the consumer drains."""
         self._cancelling = False
 
     @property
@@ -126,7 +127,7 @@ class Runner:
 
     def begin_no_more(self) -> None:
         """Start no further handler: the messages that wait for one are abandoned at once."""
-        self._beginning = False
+        self.is_beginning = False
         for task in self._queued:
             task.cancel()
 
@@ -154,21 +155,21 @@ class Runner:
 
     async def _may_begin(self) -> bool:
         """Wait for a permit; false when no handler begins any more."""
-        if self._beginning and self._permits.locked():
+        if self.is_beginning and self._permits.locked():
             task = _current_task()
             self._queued.add(task)
             try:
                 await self._permits.acquire()
                 return True
             except asyncio.CancelledError:
-                if self._beginning:
+                if self.is_beginning:
                     raise
                 task.uncancel()
             finally:
                 self._queued.discard(task)
-        elif self._beginning:
+        elif self.is_beginning:
             await self._permits.acquire()
-        return self._beginning
+        return self.is_beginning
 
     async def _run(self, message: ReceivedMessage) -> Disposition | None:
         try:

@@ -60,7 +60,7 @@ class BatchedLane:
 
     __slots__ = ("_mpcc", "_slot", "_waiting", "receiver")
 
-    def __init__(self, receiver: Receiver, mpcc: MultiProducerConcurrentConsumer, slot: int) -> None:
+    def __init__(self, receiver: Receiver, mpcc: MultiProducerConcurrentConsumer[_Item], slot: int) -> None:
         self.receiver = receiver
         self._mpcc = mpcc
         self._slot = slot
@@ -91,7 +91,7 @@ class Settler:
         self._config = config
         self.is_direct = in_process and config.settlement == "auto"
         self._receivers: list[list[Receiver | None]] = []
-        self._mpccs: list[MultiProducerConcurrentConsumer] = []
+        self._mpccs: list[MultiProducerConcurrentConsumer[_Item]] = []
         self._slots: dict[int, tuple[int, int]] = {}
         self._free: list[tuple[int, int]] = []
 
@@ -122,7 +122,7 @@ class Settler:
     def _add_mpcc(self) -> None:
         config = self._config
         receivers: list[Receiver | None] = [None] * SLOTS
-        mpcc = MultiProducerConcurrentConsumer(
+        mpcc: MultiProducerConcurrentConsumer[_Item] = MultiProducerConcurrentConsumer(
             config.settle_batch_size,
             config.settle_interval,
             config.settle_concurrency,
@@ -138,11 +138,10 @@ class Settler:
         self._free.extend((group, slot) for slot in reversed(range(SLOTS)))
 
     def _pause_before_retry(self, error: BaseException, attempt: int) -> float | None:
-        if attempt >= self._config.settle_attempts or not getattr(error, "is_transient", False):
+        if attempt >= self._config.settle_attempts or not (isinstance(error, QueueRuntimeError) and error.is_transient):
             return None
-        pause = FIRST_PAUSE * 2 ** (attempt - 1)
-        asked: float | None = getattr(error, "retry_after", None)
-        return max(pause, asked or 0.0)
+        pause: float = FIRST_PAUSE * 2 ** (attempt - 1)
+        return max(pause, error.retry_after or 0.0)
 
 
 async def _pump(items: list[_Item], slot: int, receivers: list[Receiver | None], cancellation: object) -> list[Outcome]:

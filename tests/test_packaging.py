@@ -62,7 +62,10 @@ def test_the_wheel_holds_what_is_run_and_typed(shipped: tuple[Path, Path], tmp_p
     assert kinds == {".py", ".pyi", ".so", ".typed"}
     compiled = {Path(name).name.split(".")[0] for name in names if name.endswith(".so")}
     assert compiled == {path.stem for path in (ROOT / "queue_runtime" / "_core").glob("*.pyx")}
-    assert {name.split("/")[0] for name in names} == {"queue_runtime", next(n for n in names if "dist-info" in n).split("/")[0]}
+    assert {name.split("/")[0] for name in names} == {
+        "queue_runtime",
+        next(n for n in names if "dist-info" in n).split("/")[0],
+    }
     required = [name for name in metadata.get_all("Requires-Dist") or [] if "extra ==" not in name]
     assert required == [], "light to install"
     extras = set(metadata.get_all("Provides-Extra") or [])

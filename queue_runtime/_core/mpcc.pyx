@@ -240,6 +240,19 @@ cdef class MultiProducerConcurrentConsumer(Pumping):
             finally:
                 slot.delist(room)
 
+    def submit(self, item, slot_number):
+        """Add an item to a slot as ``push`` does, and return an asyncio.Future of the pump's outcome for it.
+
+        The future ends as ``push_and_wait`` would. Nobody has to wait for it, but its error wants to be looked at.
+
+        Parameters, raises: as for ``push``. Thread-safety: any event loop in any thread.
+        """
+        cdef Slot slot = self.slot_of(slot_number)
+        outcome = asyncio.get_running_loop().create_future()
+        slot.carries = True
+        self.push(Carried(item, outcome), slot_number)
+        return outcome
+
     async def push_and_wait(self, item, slot_number):
         """Add an item to a slot as ``push_wait`` does, and wait for the pump's outcome for it.
 
@@ -481,3 +494,6 @@ cdef class MultiProducerConcurrentConsumer(Pumping):
         # Not the locks: another thread of the parent may have held them.
         for number in range(self._count):
             qr_ring_close(self._rings[number])
+
+
+MPCC = MultiProducerConcurrentConsumer

@@ -21,7 +21,7 @@ async def client() -> None:
         messages = await client.receive_messages("q", 10, timeout=timedelta(seconds=1))
         assert_type(messages, list[qr.ReceivedMessage])
         assert_type(messages[0].message(), qr.Message)
-        assert_type(messages[0].delivered_at, datetime)
+        assert_type(messages[0].delivered_at, datetime | None)
         assert_type(await client.renew_lock(messages[0]), datetime)
         assert_type(await client.renew_locks(messages), list[datetime | qr.QueueRuntimeError])
         session = await client.accept_session("q", timeout=1)
@@ -33,11 +33,11 @@ async def client() -> None:
 async def core() -> None:
     async def pump(items: list[int], slot: int, state: str, cancellation: object) -> None: ...
 
-    mpcc = qr.MPCC(100, 0.01, 4, 4)
+    mpcc = qr.MPCC[int](100, 0.01, 4, 4)
     mpcc.start(pump, "state")
     mpcc.push(1, 0)
     mpcc.push_many([1, 2], 0)
-    assert_type(await mpcc.complete(), dict[int, list[object]])
+    assert_type(await mpcc.complete(), dict[int, list[int]])
     assert_type(mpcc.stats().pushed, int)
     assert_type(qr.encode_envelope(qr.Message(body=b"")), bytes)
     assert_type(qr.decode_envelope(b""), qr.Message)
