@@ -146,8 +146,9 @@ cdef class Pumping:
 
     cdef int call(self, Slot slot) except -1:
         """Have the loop look at a slot. Any thread; at most one call is under way."""
-        if slot.idle and self._time is not None:
-            slot.rung_at = self._time()
+        time = self._time
+        if slot.idle and time is not None:
+            slot.rung_at = time()
         if qr_bell_ring(self._bell, slot.number):
             self.post()
         return 0
@@ -191,7 +192,7 @@ cdef class Pumping:
 
     cdef int look(self, Slot slot) except -1:
         """Hand out what a slot has ready, as far as it may, and see to it that the loop comes back in time."""
-        if slot.in_service or slot.finished or (self._phase != RUNNING and self._phase != CLOSING):
+        if slot.in_service or slot.finished or self._is_forked or (self._phase != RUNNING and self._phase != CLOSING):
             return 0  # in_service: a pump ended inside its eager start; the loop below goes on with its place
         slot.in_service = True
         try:
@@ -368,6 +369,8 @@ cdef class Pumping:
 
     def _expire(self):
         """complete()'s time ran out."""
+        if self._phase != CLOSING:
+            return
         self._expired = self._discarding = True
         self._cancellation.cancel()
         for batch in list(self._batches):
