@@ -1,4 +1,6 @@
-from typing import final
+from typing import Self, final
+
+from typing_extensions import disjoint_base
 
 @final
 class Link:
@@ -14,9 +16,10 @@ class Link:
     @property
     def session_id(self) -> str | None: ...
 
+@disjoint_base
 class Ledger:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         name: str,
         *,
         lock_duration: float,
@@ -26,7 +29,7 @@ class Ledger:
         deduplication_window: float,
         capacity: int,
         max_message_size: int,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def name(self) -> str: ...
     @property
