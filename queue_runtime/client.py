@@ -244,6 +244,7 @@ class QueueClient:
     async def renew_locks(self, messages: Iterable[Settleable]) -> list[datetime | QueueRuntimeError]:
         """Extend many locks, in one call a receiver; return for each, in order, the new end or the error."""
         receipts = [_receipt(message) for message in messages]
+        self._check_open()
         results: list[datetime | QueueRuntimeError] = [InvalidReceiptError(receipt, _GONE) for receipt in receipts]
         for lane, places in self._by_lane(receipts):
             ends = await lane.receiver.renew([receipts[place] for place in places])
