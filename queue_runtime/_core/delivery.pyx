@@ -137,14 +137,15 @@ cdef class ReceivedMessage:
         self.locked_until_time = time_or_nan(locked_until, "locked_until")
         if self.first_delivered_time > self.delivered_time:
             raise ValidationError("first_delivered_at", "must not be after delivered_at")
-        if sequence_number is not None:
-            if not PyLong_Check(sequence_number) or sequence_number < 0:
-                raise ValidationError("sequence_number", f"must be an int and not negative, not {sequence_number!r}")
-            self._sequence_number = sequence_number
+        if sequence_number is not None and (not PyLong_Check(sequence_number) or sequence_number < 0):
+            raise ValidationError("sequence_number", f"must be an int and not negative, not {sequence_number!r}")
         if dead_letter_reason is not None:
-            self.dead_letter_reason = plain_text(dead_letter_reason, "dead_letter_reason")
+            dead_letter_reason = plain_text(dead_letter_reason, "dead_letter_reason")
         if dead_letter_description is not None:
-            self.dead_letter_description = plain_text(dead_letter_description, "dead_letter_description")
+            dead_letter_description = plain_text(dead_letter_description, "dead_letter_description")
+        self._sequence_number = sequence_number
+        self.dead_letter_reason = dead_letter_reason
+        self.dead_letter_description = dead_letter_description
         self._receipt = receipt
         self.delivery_count = count
         self._message = message

@@ -10,7 +10,7 @@ cdef enum:
     ATTRIBUTES = 32
     BODY = 64
     EVERY_FIELD = 127
-    NUMBER_OF_FIELDS = 7
+    TAKEN = 128  # the constructor was called, and failed if no other bit is set
 
 
 cdef class Message:

@@ -84,6 +84,7 @@ cdef class Message:
         cdef Py_ssize_t size = 0
         if self.built or self.wire is not None:  # a second call of __init__
             raise TypeError("a Message is immutable; use replace() for a changed copy")
+        self.built = TAKEN
         if PyBytes_CheckExact(body):
             self._body = <bytes>body
         elif isinstance(body, str) or not PyObject_CheckBuffer(body):
@@ -127,12 +128,12 @@ cdef class Message:
             self.delay_us = duration_us(delay, "delay", 0)
         self._size = size
         # Last: a constructor that raised leaves an object that answers nothing.
-        self.built = EVERY_FIELD
+        self.built |= EVERY_FIELD
 
     # For the core. The first test is the whole cost once a field exists.
 
     cdef int check_made(self) except -1:
-        if not self.built and self.wire is None:
+        if not self.built & EVERY_FIELD and self.wire is None:
             raise ValidationError("message", "was made without its constructor; use Message(...)")
         return 0
 
@@ -314,7 +315,7 @@ cdef class Message:
 
     def __repr__(self):
         # Neither the body nor the attributes' values: either may be secret.
-        if not self.built and self.wire is None:
+        if not self.built & EVERY_FIELD and self.wire is None:
             return "<Message made without its constructor>"
         text = f"Message(message_id={self.c_message_id()!r}"
         if self.c_session_id() is not None:
