@@ -61,7 +61,7 @@ _HOME = {
     "RetryMessage": "handling",
     "SerializationError": "errors",
     "ServiceUnavailableError": "errors",
-    "Session": "client",
+    "Session": "sessions",
     "SessionId": "message",
     "SessionKey": "sessions",
     "SessionLockLostError": "errors",

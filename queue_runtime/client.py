@@ -6,11 +6,11 @@ import asyncio
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Literal, Self, cast
 
-from queue_runtime.clock import Clock, SystemClock
+from queue_runtime.clock import Clock, SystemClock, utc
 from queue_runtime.config import ProviderConfig, Seconds, config_from_url
 from queue_runtime.dlq import DeadLetters
 from queue_runtime.errors import (
@@ -36,11 +36,10 @@ from queue_runtime.providers.base import (
     Provider,
     QueueCounts,
     Receiver,
-    SessionReceiver,
 )
 from queue_runtime.renewal import LockRenewer, LostCallback
-from queue_runtime.sessions import SessionKey, with_session
-from queue_runtime.settlement import Lane, Settler
+from queue_runtime.sessions import Session, SessionKey, with_session
+from queue_runtime.settlement import Lane, Settler, failed, outcome_of
 
 MAX_COUNT = 10_000
 """The most messages that one receive may ask for."""
@@ -177,7 +176,7 @@ class QueueClient:
         """
         _check_queue_name(queue_name)
         lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes)
-        return await self._receive(lane, max_count, timeout)
+        return await self.receive_on(lane, max_count, timeout)
 
     async def receive_message(self, queue_name: str, timeout: Seconds = 20.0) -> ReceivedMessage | None:
         """Return the next message, or None after ``timeout`` seconds."""
@@ -188,7 +187,7 @@ class QueueClient:
         self, queue_name: str, sequence_numbers: Sequence[int]
     ) -> list[ReceivedMessage]:
         """Lock and return deferred messages by their sequence numbers, leaving out those that are not there."""
-        self._require("defer")
+        self.require("defer")
         _check_queue_name(queue_name)
         lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes)
         messages = await lane.receiver.receive_deferred(sequence_numbers)
@@ -200,7 +199,7 @@ class QueueClient:
     ) -> list[ReceivedMessage]:
         """Show messages in order of sequence number, without locking them or counting a delivery [C20]."""
         self._check_open()
-        self._require("peek")
+        self.require("peek")
         _check_queue_name(queue_name)
         _check_count("max_count", max_count)
         return await self._provider.peek(queue_name, max_count, from_sequence_number=from_sequence_number)
@@ -231,7 +230,7 @@ class QueueClient:
 
     async def defer_message(self, message: Settleable) -> None:
         """Set the message aside; ``receive_deferred_messages`` gets it by its sequence number."""
-        self._require("defer")
+        self.require("defer")
         await self._settle_one(message, DEFER)
 
     async def renew_lock(self, message: Settleable) -> datetime:
@@ -249,7 +248,7 @@ class QueueClient:
         for lane, places in self._by_lane(receipts):
             ends = await lane.receiver.renew([receipts[place] for place in places])
             for place, end in zip(places, ends, strict=True):
-                results[place] = end if isinstance(end, QueueRuntimeError) else _utc(end)
+                results[place] = end if isinstance(end, QueueRuntimeError) else utc(end)
         return results
 
     # Sessions.
@@ -263,7 +262,7 @@ class QueueClient:
         asked for is held. Its lock is renewed until the Session is closed [C27].
         """
         self._check_open()
-        self._require("sessions")
+        self.require("sessions")
         _check_queue_name(queue_name)
         if session_id is not None:
             session_id = SessionId(session_id)
@@ -310,6 +309,11 @@ class QueueClient:
 
     # Within the package.
 
+    def require(self, capability: str) -> None:
+        """Raise CapabilityError unless the provider has this."""
+        if not getattr(self._provider.capabilities, capability):
+            raise CapabilityError(self._provider.name, capability)
+
     def on_locks_lost(self, listener: LostCallback) -> Callable[[], None]:
         """Have ``listener`` told of lost locks (see ``renewal.LostCallback``); return what takes it back."""
         self._lost_listeners.append(listener)
@@ -318,14 +322,14 @@ class QueueClient:
     async def receive_dead_letters(self, queue_name: str, max_count: int, timeout: Seconds) -> list[ReceivedMessage]:
         """For ``DeadLetters``."""
         lane = self._dead_letter_lanes.get(queue_name) or await self._open_lane(queue_name, self._dead_letter_lanes)
-        return await self._receive(lane, max_count, timeout)
+        return await self.receive_on(lane, max_count, timeout)
 
     async def peek_dead_letters(
         self, queue_name: str, max_count: int, from_sequence_number: int
     ) -> list[ReceivedMessage]:
         """For ``DeadLetters``."""
         self._check_open()
-        self._require("peek")
+        self.require("peek")
         _check_count("max_count", max_count)
         return await self._provider.peek(
             queue_name, max_count, from_sequence_number=from_sequence_number, dead_letter=True
@@ -335,15 +339,43 @@ class QueueClient:
         """Settle one message and return its outcome, for those who must not raise."""
         lane = self._lanes.get(receipt.receiver_id)
         if lane is None:
-            return ClosedError("the client is closed") if self._closed else InvalidReceiptError(receipt, _GONE)
+            return self._no_lane(receipt)
         return (await self._settle_on(lane, disposition, (receipt,)))[0]
 
-    async def _receive(self, lane: Lane, max_count: int, timeout: Seconds) -> list[ReceivedMessage]:
+    def settle_soon(
+        self, receipt: Receipt, disposition: Disposition, done: Callable[[Outcome], None]
+    ) -> asyncio.Future[None]:
+        """Settle one message together with others, and call ``done`` with its outcome."""
+        lane = self._lanes.get(receipt.receiver_id)
+        future = failed(self._no_lane(receipt)) if lane is None else lane.submit(disposition, receipt)
+
+        def settled(future: asyncio.Future[None]) -> None:
+            outcome = outcome_of(future)
+            if self._renewer is not None and (outcome is None or not outcome.is_transient):
+                self._renewer.forget(receipt.receiver_id, (receipt,))
+            done(outcome)
+
+        future.add_done_callback(settled)
+        return future
+
+    async def receive_on(self, lane: Lane, max_count: int, timeout: Seconds) -> list[ReceivedMessage]:
+        """Receive on a lane and have the locks renewed."""
         self._check_open()
         _check_count("max_count", max_count)
         messages = await lane.receiver.receive(max_count, _wait("timeout", timeout))
         self._watch(lane, messages)
         return messages
+
+    async def close_session(self, lane: Lane) -> None:
+        """For ``Session``: settle what is under way, then release it. Safe to call twice."""
+        if self._lanes.pop(lane.receiver.id, None) is None:
+            return
+        if self._renewer is not None:
+            self._renewer.drop(lane.receiver.id)
+        try:
+            await self._settler.close_lane(lane)
+        finally:
+            await lane.receiver.close()
 
     def _watch(self, lane: Lane, messages: list[ReceivedMessage]) -> None:
         if messages and self._renewer is not None:
@@ -366,18 +398,20 @@ class QueueClient:
     async def _settle_many(self, messages: Iterable[Settleable], disposition: Disposition) -> None:
         receipts = [_receipt(message) for message in messages]
         self._check_open()
-        outcomes: list[Outcome] = [None] * len(receipts)
         lanes = self._by_lane(receipts)
         if len(lanes) == 1 and len(lanes[0][1]) == len(receipts):
             outcomes = await self._settle_on(lanes[0][0], disposition, receipts)
         else:
-            outcomes = [InvalidReceiptError(receipt, _GONE) for receipt in receipts]
+            outcomes = [self._no_lane(receipt) for receipt in receipts]
             for lane, places in lanes:
                 settled = await self._settle_on(lane, disposition, [receipts[place] for place in places])
                 for place, outcome in zip(places, settled, strict=True):
                     outcomes[place] = outcome
         if any(outcomes):
             raise BatchSettleError(outcomes)
+
+    def _no_lane(self, receipt: Receipt) -> QueueRuntimeError:
+        return ClosedError("the client is closed") if self._closed else InvalidReceiptError(receipt, _GONE)
 
     def _by_lane(self, receipts: Sequence[Receipt]) -> list[tuple[Lane, list[int]]]:
         """The places of the receipts by the lane they belong to; those of closed receivers are left out."""
@@ -390,7 +424,7 @@ class QueueClient:
         pause = _wait("delay", delay)
         if pause == 0.0:
             return ABANDON
-        self._require("abandon_delay")
+        self.require("abandon_delay")
         return Disposition(Action.ABANDON, delay=pause)
 
     def _outgoing(self, message: Message, field: str) -> Message:
@@ -415,16 +449,6 @@ class QueueClient:
         lane = self._lanes[receiver.id] = self._settler.open_lane(receiver)
         return lane
 
-    async def _close_session(self, lane: Lane) -> None:
-        if self._lanes.pop(lane.receiver.id, None) is None:
-            return
-        if self._renewer is not None:
-            self._renewer.drop(lane.receiver.id)
-        try:
-            await self._settler.close_lane(lane)
-        finally:
-            await lane.receiver.close()
-
     def _locks_lost(self, receiver_id: int, receipts: Sequence[Receipt], error: QueueRuntimeError | None) -> None:
         for listener in list(self._lost_listeners):
             listener(receiver_id, receipts, error)
@@ -433,81 +457,8 @@ class QueueClient:
         if self._closed:
             raise ClosedError("the client is closed")
 
-    def _require(self, capability: str) -> None:
-        if not getattr(self._provider.capabilities, capability):
-            raise CapabilityError(self._provider.name, capability)
 
-
-class Session:
-    """A held session: its messages, in order, for nobody else [C24].
-
-    Made by ``QueueClient.accept_session``. Its messages are settled through the client, as any others. Use it as
-    ``async with session``, or call ``close()``, which releases the session for the next holder.
-
-    Thread-safety: as the client it came from.
-    """
-
-    def __init__(self, client: QueueClient, lane: Lane, receiver: SessionReceiver) -> None:
-        self._client = client
-        self._lane = lane
-        self._receiver = receiver
-
-    def __repr__(self) -> str:
-        return f"<Session {self.session_id!r} of {self._receiver.queue_name!r}>"
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    @property
-    def session_id(self) -> str:
-        return self._receiver.session_id
-
-    @property
-    def receiver_id(self) -> int:
-        """What the receipts of its messages carry."""
-        return self._receiver.id
-
-    @property
-    def locked_until(self) -> datetime:
-        """The end of the session lock, as far as it is renewed."""
-        return _utc(self._receiver.locked_until)
-
-    async def receive_messages(self, max_count: int = 10, timeout: Seconds = 20.0) -> list[ReceivedMessage]:
-        """As ``QueueClient.receive_messages``, from this session. Raises SessionLockLostError when it is lost."""
-        return await self._client._receive(self._lane, max_count, timeout)
-
-    async def receive_message(self, timeout: Seconds = 20.0) -> ReceivedMessage | None:
-        """Return the session's next message, or None after ``timeout`` seconds."""
-        messages = await self.receive_messages(1, timeout)
-        return messages[0] if messages else None
-
-    async def renew_lock(self) -> datetime:
-        """Extend the session lock by its full duration; return its new end. Raises SessionLockLostError."""
-        return _utc(await self._receiver.renew_session())
-
-    async def get_state(self) -> bytes | None:
-        """Return the session's state, None when none was set [C30]. Raises SessionLockLostError."""
-        self._client._require("session_state")
-        return await self._receiver.get_state()
-
-    async def set_state(self, state: bytes | None) -> None:
-        """Keep ``state`` with the session for its next holders; None removes it. Raises SessionLockLostError."""
-        self._client._require("session_state")
-        if state is not None and not isinstance(state, bytes):
-            raise ValidationError("state", f"must be bytes or None, not {type(state).__name__}")
-        await self._receiver.set_state(state)
-
-    async def close(self) -> None:
-        """Release the session and the messages of it that are not settled. Safe to call twice."""
-        await self._client._close_session(self._lane)
-
-
-_GONE = "its receiver is closed"
+_GONE = "its receiver is not open in this client"
 
 
 def _check_queue_name(queue_name: object) -> None:
@@ -538,7 +489,3 @@ def _receipt(message: object) -> Receipt:
     if isinstance(message, ReceivedMessage):
         return message.receipt
     raise ValidationError("message", f"must be a ReceivedMessage or a Receipt, not {type(message).__name__}")
-
-
-def _utc(epoch_seconds: float) -> datetime:
-    return datetime.fromtimestamp(epoch_seconds, UTC)

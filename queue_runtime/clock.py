@@ -7,6 +7,7 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Protocol
 
 
@@ -97,6 +98,11 @@ class ManualClock:
             await settle_tasks()
         self._now = target
         await settle_tasks()
+
+
+def utc(epoch_seconds: float) -> datetime:
+    """Return seconds since the epoch as an aware datetime."""
+    return datetime.fromtimestamp(epoch_seconds, UTC)
 
 
 async def settle_tasks(turns: int = 20) -> None:

@@ -121,17 +121,20 @@ class Consumer:
             self._runner.begin_no_more()
             for feed in self._feeds:
                 await feed.stop()
-            while self._tasks and not hurried.done():
-                await asyncio.wait([*self._tasks, hurried], return_when=asyncio.FIRST_COMPLETED)
-            if self._tasks:
-                logger.warning("drained no longer, %d handlers are cancelled", self.stats.running)
+            while (pending := self._pending()) and not hurried.done():
+                await asyncio.wait([*pending, hurried], return_when=asyncio.FIRST_COMPLETED)
+            if self.stats.running:
+                logger.warning("the time to drain is over: %d handlers are cancelled", self.stats.running)
                 self._runner.cancel_all()
-            while self._tasks:
-                await asyncio.gather(*self._tasks, return_exceptions=True)
+            while pending := self._pending():
+                await asyncio.wait(pending)
         finally:
             deadline.cancel()
             hurried.cancel()
             await asyncio.gather(hurried, return_exceptions=True)
+
+    def _pending(self) -> set[asyncio.Future[Any]]:
+        return {*self._tasks, *self._runner.settling}
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

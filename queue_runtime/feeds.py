@@ -16,13 +16,13 @@ from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 from queue_runtime._core.batch import AdaptiveBatchSizer
-from queue_runtime.client import Session
 from queue_runtime.clock import sleep
 from queue_runtime.errors import QueueRuntimeError, SessionLockLostError
 from queue_runtime.handling import ConsumerConfig
 from queue_runtime.message import ReceivedMessage
-from queue_runtime.providers.base import Action, Disposition
+from queue_runtime.providers.base import Action
 from queue_runtime.runner import Runner
+from queue_runtime.sessions import Session
 
 logger = logging.getLogger("queue_runtime.consumer")
 
@@ -118,16 +118,16 @@ class QueueFeed:
             while self._ready:
                 message, batch = self._ready.popleft()
                 disposition = await runner.handle(message)
-                if runner.client.settles_at_once:
-                    await self._finish(message, disposition, batch)
-                else:  # the settlement travels in a batch: the next handler does not wait for it
-                    self._spawn(self._finish(message, disposition, batch))
+                if disposition is None or runner.client.settles_at_once:
+                    await runner.settle(message, disposition)
+                    self._count_down(batch)
+                else:
+                    runner.settle_later(message, disposition, partial(self._count_down, batch))
         finally:
             self._workers -= 1
             runner.room.hurry()
 
-    async def _finish(self, message: ReceivedMessage, disposition: Disposition | None, batch: _Batch) -> None:
-        await self._runner.settle(message, disposition)
+    def _count_down(self, batch: _Batch) -> None:
         batch.left -= 1
         if batch.left == 0:
             self._sizer.record(batch.size, max(0.0, self._runner.client.clock.monotonic() - batch.started))

@@ -1,4 +1,4 @@
-"""The bound on the messages that a consumer holds [C39]."""
+"""Bounds: on the messages that a consumer holds, and on the handlers that it runs [C39]."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ class _Taker:
 
 
 class Room:
-    """Places for messages: taken before they are fetched, given back when they are settled.
+    """Places that are taken before something is begun, and given back when it is over.
 
     Thread-safety: for one event loop's thread only.
     """
 
-    __slots__ = ("_free", "_takers", "capacity")
+    __slots__ = ("_closed", "_free", "_takers", "capacity")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._free = capacity
         self._takers: deque[_Taker] = deque()
+        self._closed = False
 
     @property
     def taken(self) -> int:
@@ -34,7 +35,7 @@ class Room:
         return self.capacity - self._free
 
     async def take(self, wanted: int, *, share: float = 1.0, at_least: int = 1) -> int:
-        """Wait for room; return how many places were taken, from 1 to ``wanted``.
+        """Wait for room; return how many places were taken, from 1 to ``wanted``, or 0 when it was closed.
 
         Parameters
         ----------
@@ -46,6 +47,8 @@ class Room:
         at_least:
             Wait until so many are free, for a batch that is worth its cost; ``hurry`` ends such a wait.
         """
+        if self._closed:
+            return 0
         if not self._takers and self._free >= at_least:
             return self._grant(wanted, share)
         taker = _Taker(asyncio.get_running_loop().create_future(), wanted, share, at_least)
@@ -59,6 +62,21 @@ class Room:
                 self._takers.remove(taker)
                 self._serve()
             raise
+
+    def take_one(self) -> bool:
+        """Take one place if that needs no waiting."""
+        if self._takers or not self._free or self._closed:
+            return False
+        self._free -= 1
+        return True
+
+    def close(self) -> None:
+        """Let nobody take anything any more."""
+        self._closed = True
+        while self._takers:
+            future = self._takers.popleft().future
+            if not future.done():
+                future.set_result(0)
 
     def give(self, count: int) -> None:
         """Give back ``count`` places."""

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import inspect
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -23,7 +23,7 @@ from queue_runtime.handling import (
     default_policy,
 )
 from queue_runtime.message import Receipt, ReceivedMessage
-from queue_runtime.providers.base import ABANDON, COMPLETE, Action, Disposition
+from queue_runtime.providers.base import ABANDON, COMPLETE, Action, Disposition, Outcome
 from queue_runtime.room import Room
 
 logger = logging.getLogger("queue_runtime.consumer")
@@ -68,11 +68,12 @@ class Runner:
         self._handler = handler
         self._threads = None if _is_async(handler) else self._pool()
         self._on_failure = config.on_failure or default_policy(config.max_attempts)
-        self._permits = asyncio.Semaphore(self.max_concurrency)
+        self._permits = Room(self.max_concurrency)
         self._held: dict[Receipt, asyncio.Task[Any] | None] = {}
         self._running = 0
         self._lost: set[Receipt] = set()
-        self._queued: set[asyncio.Task[Any]] = set()
+        self.settling: set[asyncio.Future[Any]] = set()
+        """Settlements under way that nobody waits for."""
         self.is_beginning = True
         """Whether handlers still begin; false once the consumer drains."""
         self._cancelling = False
@@ -98,7 +99,7 @@ class Runner:
 
     async def handle(self, message: ReceivedMessage) -> Disposition | None:
         """Run the handler when one may run; return how to settle, or None when the right to settle is lost."""
-        if not await self._may_begin():
+        if not self._permits.take_one() and not await self._permits.take(1):
             return ABANDON
         receipt = message.receipt
         try:
@@ -112,7 +113,7 @@ class Runner:
                 self._held[receipt] = None
                 self._running -= 1
         finally:
-            self._permits.release()
+            self._permits.give(1)
 
     async def settle(self, message: ReceivedMessage, disposition: Disposition | None) -> QueueRuntimeError | None:
         """Settle, count, and let go; return the error, if it came to one."""
@@ -125,11 +126,22 @@ class Runner:
             self.let_go((message,))
         return error
 
+    def settle_later(self, message: ReceivedMessage, disposition: Disposition, then: Callable[[], None]) -> None:
+        """Do the same together with others, without waiting, and call ``then`` at the end."""
+
+        def settled(outcome: Outcome) -> None:
+            self.settling.discard(future)
+            self._count(message, disposition, outcome)
+            self.let_go((message,))
+            then()
+
+        future = self.client.settle_soon(message.receipt, disposition, settled)
+        self.settling.add(future)
+
     def begin_no_more(self) -> None:
         """Start no further handler: the messages that wait for one are abandoned at once."""
         self.is_beginning = False
-        for task in self._queued:
-            task.cancel()
+        self._permits.close()
 
     def cancel_all(self) -> None:
         """Cancel the handlers that run: their messages are abandoned."""
@@ -152,24 +164,6 @@ class Runner:
         """Let go of the threads. One that runs on in a handler is not waited for."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def _may_begin(self) -> bool:
-        """Wait for a permit; false when no handler begins any more."""
-        if self.is_beginning and self._permits.locked():
-            task = _current_task()
-            self._queued.add(task)
-            try:
-                await self._permits.acquire()
-                return True
-            except asyncio.CancelledError:
-                if self.is_beginning:
-                    raise
-                task.uncancel()
-            finally:
-                self._queued.discard(task)
-        elif self.is_beginning:
-            await self._permits.acquire()
-        return self.is_beginning
 
     async def _run(self, message: ReceivedMessage) -> Disposition | None:
         try:

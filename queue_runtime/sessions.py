@@ -1,13 +1,22 @@
-"""Where a message's session id comes from when the sender does not give it [C29]."""
+"""Sessions: where the session id of a message comes from [C29], and the hold on a session [C24–C30]."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Literal, Protocol
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
+from queue_runtime.clock import utc
+from queue_runtime.config import Seconds
 from queue_runtime.errors import ConfigurationError, ValidationError
-from queue_runtime.message import Message, SessionId
+from queue_runtime.message import Message, ReceivedMessage, SessionId
+from queue_runtime.providers.base import SessionReceiver
+from queue_runtime.settlement import Lane
+
+if TYPE_CHECKING:
+    from queue_runtime.client import QueueClient
 
 Lookup = Callable[[str], object]
 """Gives the value of a field, or None when there is none."""
@@ -139,3 +148,72 @@ def _text(field: str, value: object) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise ValidationError(field, f"a session key is made of texts and whole numbers, not {type(value).__name__}")
+
+
+class Session:
+    """A held session: its messages, in order, for nobody else [C24].
+
+    Made by ``QueueClient.accept_session``. Its messages are settled through the client, as any others. Use it as
+    ``async with session``, or call ``close()``, which releases the session for the next holder.
+
+    Thread-safety: as the client it came from.
+    """
+
+    def __init__(self, client: QueueClient, lane: Lane, receiver: SessionReceiver) -> None:
+        self._client = client
+        self._lane = lane
+        self._receiver = receiver
+
+    def __repr__(self) -> str:
+        return f"<Session {self.session_id!r} of {self._receiver.queue_name!r}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def session_id(self) -> str:
+        return self._receiver.session_id
+
+    @property
+    def receiver_id(self) -> int:
+        """What the receipts of its messages carry."""
+        return self._receiver.id
+
+    @property
+    def locked_until(self) -> datetime:
+        """The end of the session lock, as far as it is renewed."""
+        return utc(self._receiver.locked_until)
+
+    async def receive_messages(self, max_count: int = 10, timeout: Seconds = 20.0) -> list[ReceivedMessage]:
+        """As ``QueueClient.receive_messages``, from this session. Raises SessionLockLostError when it is lost."""
+        return await self._client.receive_on(self._lane, max_count, timeout)
+
+    async def receive_message(self, timeout: Seconds = 20.0) -> ReceivedMessage | None:
+        """Return the session's next message, or None after ``timeout`` seconds."""
+        messages = await self.receive_messages(1, timeout)
+        return messages[0] if messages else None
+
+    async def renew_lock(self) -> datetime:
+        """Extend the session lock by its full duration; return its new end. Raises SessionLockLostError."""
+        return utc(await self._receiver.renew_session())
+
+    async def get_state(self) -> bytes | None:
+        """Return the session's state, None when none was set [C30]. Raises SessionLockLostError."""
+        self._client.require("session_state")
+        return await self._receiver.get_state()
+
+    async def set_state(self, state: bytes | None) -> None:
+        """Keep ``state`` with the session for its next holders; None removes it. Raises SessionLockLostError."""
+        self._client.require("session_state")
+        if state is not None and not isinstance(state, bytes):
+            raise ValidationError("state", f"must be bytes or None, not {type(state).__name__}")
+        await self._receiver.set_state(state)
+
+    async def close(self) -> None:
+        """Release the session and the messages of it that are not settled. Safe to call twice."""
+        await self._client.close_session(self._lane)

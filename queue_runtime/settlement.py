@@ -32,8 +32,12 @@ class Lane(Protocol):
         """Settle all alike; return an outcome for each, in order."""
         ...
 
+    def submit(self, disposition: Disposition, receipt: Receipt) -> asyncio.Future[Any]:
+        """Settle one without waiting; ``outcome_of`` reads the future when it is done."""
+        ...
+
     async def flush(self) -> None:
-        """Wait until everything that was handed in has its outcome."""
+        """Wait until everything that was submitted has its outcome."""
         ...
 
 
@@ -46,8 +50,16 @@ class DirectLane:
         self.receiver = receiver
         self.settle: Callable[[Disposition, Sequence[Receipt]], Coroutine[Any, Any, list[Outcome]]] = receiver.settle
 
+    def submit(self, disposition: Disposition, receipt: Receipt) -> asyncio.Future[Any]:
+        return asyncio.ensure_future(self._settle_one(disposition, receipt))
+
     async def flush(self) -> None:
         """Nothing is ever under way."""
+
+    async def _settle_one(self, disposition: Disposition, receipt: Receipt) -> None:
+        outcome = (await self.settle(disposition, (receipt,)))[0]
+        if outcome is not None:
+            raise outcome
 
 
 class _Item(NamedTuple):
@@ -67,18 +79,23 @@ class BatchedLane:
         self._waiting: set[asyncio.Future[Any]] = set()
 
     async def settle(self, disposition: Disposition, receipts: Sequence[Receipt]) -> list[Outcome]:
-        results = [self._hand_in(_Item(disposition, receipt)) for receipt in receipts]
-        return [_outcome(result) for result in await asyncio.gather(*results, return_exceptions=True)]
+        futures = [self.submit(disposition, receipt) for receipt in receipts]
+        if futures:
+            await asyncio.wait(futures)
+        return [outcome_of(future) for future in futures]
+
+    def submit(self, disposition: Disposition, receipt: Receipt) -> asyncio.Future[Any]:
+        try:
+            future = self._mpcc.submit(_Item(disposition, receipt), self._slot)
+        except ClosedError as error:
+            return failed(error)
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        return future
 
     async def flush(self) -> None:
         while self._waiting:
             await asyncio.wait(self._waiting)
-
-    def _hand_in(self, item: _Item) -> asyncio.Future[Any]:
-        future = self._mpcc.submit(item, self._slot)
-        self._waiting.add(future)
-        future.add_done_callback(self._waiting.discard)
-        return future
 
 
 class Settler:
@@ -163,8 +180,16 @@ async def _pump(items: list[_Item], slot: int, receivers: list[Receiver | None],
     return outcomes
 
 
-def _outcome(result: object) -> Outcome:
-    if result is None or isinstance(result, QueueRuntimeError):
-        return result
-    assert isinstance(result, BaseException)
-    raise result
+def failed(error: QueueRuntimeError) -> asyncio.Future[Any]:
+    """Return a future that is done with this error."""
+    future = asyncio.get_running_loop().create_future()
+    future.set_exception(error)
+    return future
+
+
+def outcome_of(future: asyncio.Future[Any]) -> Outcome:
+    """Return what a future of ``submit`` came to. Raises what is no error of a settlement, such as a bug."""
+    error = future.exception()
+    if error is not None and not isinstance(error, QueueRuntimeError):
+        raise error
+    return error
