@@ -1,0 +1,605 @@
+"""The command line, as a user meets it: most tests start real processes, some with real signals."""
+
+import asyncio
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from queue_runtime.cli.commands import root
+from queue_runtime.cli.lines import LineSplitter
+from queue_runtime.cli.meter import Histogram
+from queue_runtime.cli.screen import shown
+from queue_runtime.client import QueueClient
+from queue_runtime.message import Message
+from queue_runtime.providers.base import QueueCounts
+
+HANDLERS = """
+import asyncio, json, time
+
+seen = []
+
+async def note(message):
+    print("handled", message.session_id, message.body.decode())
+
+async def quiet(message):
+    pass
+
+def plain(message):
+    json.loads(message.body)
+
+async def ordered(message):
+    event = json.loads(message.body)
+    if event["n"] % 7 == 3 and message.delivery_count == 1:
+        raise RuntimeError("the first attempt fails")
+    await asyncio.sleep(0)
+    seen.append((event["s"], event["n"]))
+    numbers = [n for s, n in seen if s == event["s"]]
+    assert numbers == list(range(len(numbers))), numbers
+
+async def picky(message):
+    from queue_runtime.handling import RejectMessage
+    event = json.loads(message.body)
+    if event["n"] == 3:
+        raise RejectMessage("Poison", "three is not welcome \\x1b[31m")
+    if event["n"] == 5:
+        raise KeyError("five")
+
+async def slow(message):
+    print("begun", flush=True)
+    await asyncio.sleep(0.3)
+    print("done", flush=True)
+
+async def endless(message):
+    print("begun", flush=True)
+    await asyncio.sleep(3600)
+
+def stuck(message):
+    print("begun", flush=True)
+    time.sleep(3600)
+
+class Both:
+    async def __call__(self, message):
+        pass
+
+instance = Both()
+constant = 7
+"""
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A directory with spaces in its name, a module of handlers and a feed in it."""
+    directory = tmp_path / "a place"
+    directory.mkdir()
+    (directory / "handlers.py").write_text(HANDLERS)
+    lines = [json.dumps({"s": f"s{n % 5}", "n": n // 5}) for n in range(100)]
+    (directory / "feed.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-X", "dev", "-W", "error", "-m", "queue_runtime", *arguments]
+
+
+def run_arguments(handler: str, *more: str) -> list[str]:
+    return command("run", handler, "--provider", "memory://", "--queue", "q", *more)
+
+
+@pytest.fixture
+def run(here: Path) -> Run:
+    """Run a handler in a process of its own."""
+
+    def run(handler: str, *more: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        arguments = run_arguments(handler, *more)
+        return subprocess.run(arguments, cwd=here, input=stdin, capture_output=True, text=True, timeout=30)
+
+    return run
+
+
+@pytest.fixture
+def start(here: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start such a process; kill it if the test does not end it."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(handler: str, *more: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            run_arguments(handler, *more), cwd=here, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def invoke(*arguments: str, stdin: bytes = b"") -> Result:
+    """Run a command in this process, so that a shared memory:// outlives it."""
+    return CliRunner().invoke(root, arguments, input=stdin, prog_name="queue-runtime")
+
+
+# A run and what it tells.
+
+
+def test_a_feed_is_run_to_its_end_and_told_in_a_table(run: Run) -> None:
+    done = run("handlers:quiet", "--feed", "feed.jsonl", "--session-key", "s")
+    assert done.returncode == 0, done.stderr
+    assert "100 of 100 lines of feed.jsonl" in done.stdout
+    assert "100 completed, 0 dead-lettered, none left" in done.stdout
+    for row in ("throughput", "p50", "p95", "p99", "batches", "sessions", "retries", "dead-lettered"):
+        assert row in done.stdout
+    assert done.stderr == ""
+
+
+def test_what_is_no_terminal_gets_no_control_characters(run: Run) -> None:
+    done = run("handlers:picky", "--feed", "feed.jsonl", "--session-key", "s")
+    assert "three is not welcome" in done.stdout
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", done.stdout + done.stderr)
+
+
+def test_json_is_one_object_whatever_the_handler_prints(run: Run) -> None:
+    done = run("handlers:note", "--feed", "feed.jsonl", "--session-key", "s", "--json")
+    assert done.returncode == 0
+    told = json.loads(done.stdout)
+    assert done.stderr.count("handled s") == 100
+    assert set(told) == {
+        "handler", "provider", "queue", "ended_by", "exit_code", "duration", "throughput", "messages", "latency",
+        "batches", "sessions", "retries", "failures", "locks_lost", "settle_errors", "dead_letters", "fed",
+    }  # fmt: skip
+    assert told["messages"] == {"received": 100, "completed": 100, "dead_lettered": 0, "abandoned": 0, "left": 0}
+    assert told["sessions"]["different"] == 5
+    assert told["fed"]["sent"] == told["fed"]["lines"] == 100
+    assert told["fed"]["finished"] is True
+    assert 0 < told["latency"]["p50"] <= told["latency"]["p95"] <= told["latency"]["p99"] <= told["latency"]["max"]
+    batches = told["batches"]
+    assert 1 <= batches["min"] <= batches["mean"] <= batches["max"] <= 100
+    assert batches["count"] * batches["mean"] == pytest.approx(100, abs=1)
+    assert told["throughput"] == pytest.approx(100 / told["duration"], rel=0.01)
+    assert (told["ended_by"], told["exit_code"]) == ("empty", 0)
+
+
+def test_sessions_stay_in_order_when_handlers_fail(run: Run) -> None:
+    """C24, through everything: the handler asserts it."""
+    done = run("handlers:ordered", "--feed", "feed.jsonl", "--session-key", "s", "--json")
+    told = json.loads(done.stdout)
+    assert told["failures"] == {"RuntimeError": 15}
+    assert told["retries"] == 15
+    assert told["messages"]["completed"] == 100
+    assert told["messages"]["dead_lettered"] == 0
+
+
+def test_dead_letters_are_told_with_their_reasons(run: Run) -> None:
+    done = run("handlers:picky", "--feed", "feed.jsonl", "--max-attempts", "2", "--show", "3", "--json")
+    assert done.returncode == 0
+    told = json.loads(done.stdout)
+    assert told["dead_letters"]["reasons"] == {"Poison": 5, "KeyError": 5}
+    assert told["messages"]["dead_lettered"] == 10
+    first = told["dead_letters"]["first"]
+    assert len(first) == 3
+    poison = next(dead for dead in first if dead["reason"] == "Poison")
+    assert poison["description"] == "three is not welcome \x1b[31m"
+    assert poison["delivery_count"] == 1
+    assert told["failures"] == {"KeyError": 10}
+
+
+def test_the_queue_s_own_dead_letters_count_too(run: Run, here: Path) -> None:
+    """C14: the queue gives up before the consumer does."""
+    (here / "stubborn.py").write_text(
+        "from queue_runtime.handling import RetryMessage\nasync def handle(message):\n    raise RetryMessage()\n"
+    )
+    done = run("stubborn:handle", "--feed", "-", "--json", stdin="1\n")
+    assert json.loads(done.stdout)["dead_letters"]["reasons"] == {"MaxDeliveryCountExceeded": 1}
+
+
+def test_dead_letters_fail_the_run_when_asked(run: Run) -> None:
+    assert run("handlers:picky", "--feed", "feed.jsonl", "--fail-on-dead-letters").returncode == 4
+
+
+def test_failures_of_a_kind_are_shown_a_few_times(run: Run) -> None:
+    done = run("handlers:picky", "--feed", "feed.jsonl")
+    assert done.stderr.count("KeyError: 'five' (handlers.py:") == 3
+    assert "more of these are only counted" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert run("handlers:picky", "--feed", "feed.jsonl", "-v").stderr.count("Traceback") == 25
+
+
+@pytest.mark.parametrize("handler", ["plain", "instance"])
+def test_plain_functions_and_callable_objects_are_handlers(run: Run, handler: str) -> None:
+    done = run(f"handlers:{handler}", "--feed", "feed.jsonl", "--concurrency", "3", "--prefetch", "7", "--json")
+    told = json.loads(done.stdout)
+    assert told["messages"]["completed"] == 100
+    assert told["batches"]["max"] <= 7
+
+
+def test_a_small_queue_is_fed_as_it_empties(run: Run, here: Path) -> None:
+    """C39: the feed waits for room; nothing is refused."""
+    arguments = command("run", "handlers:quiet", "--provider", "memory://?capacity=4", "--queue", "q", "--json")
+    arguments += ["--feed", "feed.jsonl", "--session-key", "s"]
+    done = subprocess.run(arguments, cwd=here, capture_output=True, text=True, timeout=30)
+    assert json.loads(done.stdout)["messages"]["completed"] == 100, done.stderr
+
+
+# Lines that cannot be sent.
+
+
+def test_bad_lines_are_named_and_counted_and_the_rest_is_sent(run: Run, here: Path) -> None:
+    lines = [
+        b'{"s": "fine"}',
+        b"{",
+        b"",
+        b'{"s": ["list"]}',
+        b'{"s": "\xe6\x97\xa5"}',
+        b'{"s": NaN}',
+        b'"\xff"',
+        b"[" * 100_000,
+        b'{"no": "key"}',
+        b"[1, 2]",
+        b'{"s": "' + b"x" * 129 + b'"}',
+        b'"' + b"y" * 1_100_000 + b'"',
+        b'{"s": 7}\r',
+        b'{"s": "last, without an end"}',
+    ]
+    (here / "bad.jsonl").write_bytes(b"\n".join(lines))
+    done = run("handlers:note", "--feed", "bad.jsonl", "--session-key", "s", "--json")
+    assert done.returncode == 1
+    fed = json.loads(done.stdout)["fed"]
+    assert (fed["lines"], fed["sent"], fed["refused"]) == (13, 5, 8)
+    assert [refusal["line"] for refusal in fed["refusals"]] == [2, 4, 5, 6, 7, 8, 11, 12]
+    for number, problem in [
+        (2, "is not JSON: .* at column 2"),
+        (4, "s: a session key is made of texts and whole numbers, not list"),
+        (5, "session_id: must be 1 to 128 printable ASCII"),
+        (6, "NaN is no JSON number"),
+        (7, "is not UTF-8: 0xff at byte 2"),
+        (8, "nested too deeply"),
+        (11, "session_id: must be 1 to 128"),
+        (12, "the message has 1100002 bytes; the limit is 1048576"),
+    ]:
+        assert re.search(rf"^bad\.jsonl:{number}: not sent: .*{problem}", done.stderr, re.MULTILINE), done.stderr
+    handled = sorted(line for line in done.stderr.splitlines() if line.startswith("handled"))
+    assert handled == [
+        'handled 7 {"s": 7}',
+        'handled None [1, 2]',
+        'handled None {"no": "key"}',
+        'handled fine {"s": "fine"}',
+        'handled last, without an end {"s": "last, without an end"}',
+    ]  # fmt: skip
+
+
+def test_a_composite_session_key_needs_all_its_fields(run: Run) -> None:
+    """C29."""
+    lines = '{"a": {"b": "x"}, "n": 1}\n{"a": {"b": "x"}}\n{"a.b": "dotted", "n": 2}\n'
+    done = run("handlers:note", "--feed", "-", "--session-key", "a.b, n", stdin=lines)
+    assert "handled x:1 " in done.stdout
+    assert 'handled None {"a": {"b": "x"}}' in done.stdout
+    assert "handled dotted:2 " in done.stdout
+
+
+def test_lines_from_stdin_are_handled_while_it_stays_open(start: Callable[..., subprocess.Popen[str]]) -> None:
+    process = start("handlers:note", "--feed", "-")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for text in ("1\n", '"half', '"\n'):
+        process.stdin.write(text)
+        process.stdin.flush()
+        if text.endswith("\n"):
+            assert read_line(process).startswith("handled None ")
+    output, _ = process.communicate(timeout=10)
+    assert "2 of 2 lines of stdin" in output
+    assert process.returncode == 0
+
+
+# Signals.
+
+
+def read_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], 10)
+    assert ready, "it says nothing"
+    return process.stdout.readline()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_running_handlers_finish_and_releases_the_rest(
+    start: Callable[..., subprocess.Popen[str]], number: signal.Signals, code: int
+) -> None:
+    """C40."""
+    process = start("handlers:slow", "--feed", "feed.jsonl", "--concurrency", "2")
+    read_line(process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=10)
+    assert process.returncode == code, errors
+    completed = int(re.search(r"(\d+) completed", output)[1])  # type: ignore[index]
+    assert output.count("done") == completed
+    assert 1 <= completed <= 4
+    assert f"{100 - completed} left in the queue" in output
+    assert f"until {number.name}" in output
+    assert "finishing what runs" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("handler", ["endless", "stuck"])
+def test_a_second_signal_releases_everything_at_once(start: Callable[..., subprocess.Popen[str]], handler: str) -> None:
+    process = start(f"handlers:{handler}", "--feed", "feed.jsonl", "--concurrency", "1")
+    read_line(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr is not None
+    assert "finishing what runs" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=10)
+    assert process.returncode == 143, errors
+    assert "100 left in the queue" in output
+    assert "Traceback" not in errors
+
+
+def test_the_drain_ends_at_its_timeout(start: Callable[..., subprocess.Popen[str]]) -> None:
+    process = start("handlers:endless", "--feed", "feed.jsonl", "--drain-timeout", "0.1")
+    read_line(process)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=10)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 143
+    assert "100 left in the queue" in output
+
+
+def test_a_run_for_ever_waits_for_more_while_stdin_blocks(start: Callable[..., subprocess.Popen[str]]) -> None:
+    process = start("handlers:note", "--feed", "-", "--forever")
+    assert process.stdin is not None
+    process.stdin.write("1\n")
+    process.stdin.flush()
+    read_line(process)
+    process.send_signal(signal.SIGINT)  # stdin is open, and its thread waits for it
+    assert process.wait(timeout=10) == 130
+
+
+# What is wrong is said in a sentence, with a code.
+
+
+@pytest.mark.parametrize(
+    ("handler", "more", "code", "problem"),
+    [
+        ("handlers:quite", (), 1, "the module 'handlers' has no 'quite'; did you mean 'quiet'?"),
+        ("nowhere:handle", (), 1, "there is no module 'nowhere' in "),
+        ("handlers:constant", (), 1, "handlers:constant is no function of a message, but of type int"),
+        ("handlers:Both", (), 1, "handlers:Both is no function of a message, but the class Both"),
+        ("handlers", (), 2, "must be module:function, not 'handlers'"),
+        ("handlers.py:quiet", (), 2, "give the module, handlers:quiet"),
+        ("some/handlers.py:quiet", (), 2, "give the module, handlers:quiet from its directory, some"),
+        ("handlers:quiet", ("--feed", "none.jsonl"), 2, "'--feed': File 'none.jsonl' does not exist"),
+        ("handlers:quiet", ("--session-key", "s"), 2, "--session-key is for the lines of --feed"),
+        ("handlers:quiet", ("--feed", "feed.jsonl", "--session-key", "s,,t"), 2, "'--session-key': has an empty field"),
+        ("handlers:quiet", ("--concurrency", "0"), 2, "'--concurrency'"),
+        ("handlers:quiet", ("--queue", "a--b"), 2, "'--queue': must be 1 to 260 ASCII letters"),
+        ("handlers:quiet", ("--prefetch", "1"), 3, "--prefetch: must be at least 2"),
+        ("handlers:quiet", ("--max-attempts", "9"), 3, "--max-attempts: the queue itself gives a message up after 5"),
+        ("handlers:quiet", ("--provider", "redis://u:secret@h"), 3, "--provider: unknown scheme 'redis'"),
+        ("handlers:quiet", ("--provider", "memory://?capacity=0"), 3, "--provider: capacity: must be at least 1"),
+        ("handlers:quiet", ("--provider", "memory://?colour=red"), 3, "--provider: colour: is no setting"),
+        ("handlers:quiet", ("--provider", "memory://?auto_create=false"), 1, "queue 'q' does not exist"),
+    ],
+)
+def test_a_user_s_error_is_one_sentence(
+    here: Path, monkeypatch: pytest.MonkeyPatch, handler: str, more: tuple[str, ...], code: int, problem: str
+) -> None:
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(str(here))
+    sys.modules.pop("handlers", None)
+    done = invoke("run", handler, "--provider", "memory://", "--queue", "q", *more)
+    sys.modules.pop("handlers", None)
+    assert done.exit_code == code, done.output
+    assert problem in " ".join(done.stderr.split())
+    assert "Traceback" not in done.output
+    assert "secret" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("import json\n1 / 0\n", "ZeroDivisionError: division by zero"), ("def handle(:\n", "SyntaxError"),
+     ("import not_there\n", "No module named 'not_there'"), ("raise SystemExit(9)\n", "SystemExit: 9")],
+)  # fmt: skip
+def test_a_module_that_cannot_be_imported_shows_its_own_traceback(run: Run, here: Path, text: str, told: str) -> None:
+    (here / "broken.py").write_text(text)
+    done = run("broken:handle")
+    assert done.returncode == 1
+    assert "Error: the module 'broken' cannot be imported:" in done.stderr
+    assert "broken.py" in done.stderr
+    assert told in done.stderr
+    assert "importlib" not in done.stderr
+    assert "queue_runtime/cli" not in done.stderr
+
+
+def test_a_missing_extra_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("raise ModuleNotFoundError('no click here', name='click')\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command("--help"), env=environment, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stderr == "The command line needs click and rich: pip install 'queue-runtime[cli]'\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("run",), ("send",), ("peek",), ("dlq",), ("dlq", "list"), ("dlq", "redrive")]
+)
+def test_help_is_there(arguments: tuple[str, ...]) -> None:
+    done = invoke(*arguments, "--help")
+    assert done.exit_code == 0
+    assert "Usage: queue-runtime" in done.output
+    if arguments != ("dlq",):
+        for code in (0, 1, 2, 3, 4, 130, 143):
+            assert re.search(rf"^ +{code}  ", done.output, re.MULTILINE), done.output
+
+
+# Send, peek and dead letters: on memory:// shared with a client of this process.
+
+
+class Kept:
+    """Keeps shared queues alive from command to command, each of which has an event loop of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.url = f"memory://{name}"
+        self.keeper = QueueClient(self.url)
+
+    def counts(self) -> QueueCounts:
+        async def count() -> QueueCounts:
+            async with QueueClient(self.url) as client:
+                return await client.counts("q")
+
+        return asyncio.run(count())
+
+    def bury(self, count: int, reason: str) -> None:
+        async def bury() -> None:
+            async with QueueClient(self.url) as client:
+                for number in range(count):
+                    await client.send_message("q", Message(body=b"\xff", message_id=f"{reason}-{number}"))
+                    message = await client.receive_message("q", 1)
+                    assert message is not None
+                    await client.dead_letter_message(message, reason, "because \x1b[2J")
+
+        asyncio.run(bury())
+
+    def __call__(self, *arguments: str, stdin: bytes = b"") -> Result:
+        return invoke(*arguments, "--provider", self.url, stdin=stdin)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Kept]:
+    kept = Kept(tmp_path.name)
+    yield kept
+    asyncio.run(kept.keeper.close())
+
+
+def test_send_and_peek(kept: Kept) -> None:
+    sent = kept("send", "q", "one", "zwei ü", "--session-id", "s", "--attribute", "a=b=c", "--content-type", "text/x")
+    assert sent.exit_code == 0, sent.output
+    ids = sent.stdout.split()
+    told = json.loads(kept("peek", "q", "--json").stdout)
+    assert [message["message_id"] for message in told["messages"]] == ids
+    assert [message["body"] for message in told["messages"]] == ["one", "zwei ü"]
+    first = told["messages"][0]
+    assert (first["session_id"], first["attributes"], first["content_type"]) == ("s", {"a": "b=c"}, "text/x")
+    assert first["delivery_count"] == 0
+    table = kept("peek", "q", "--limit", "1").stdout
+    assert ids[0] in table
+    assert ids[1] not in table
+    start = str(told["messages"][1]["sequence_number"])
+    assert ids[1] in kept("peek", "q", "--from", start).stdout
+    assert "has no messages" in kept("peek", "empty").stdout
+
+
+def test_send_takes_stdin_whole_or_line_by_line(kept: Kept) -> None:
+    assert kept("send", "q", stdin=b"a\nb\x00\xff").exit_code == 0
+    lines = kept("send", "q", "--jsonl", "-", "--session-key", "k", "--json", stdin=b'{"k": "x"}\n{"k": 1}\n{bad\n')
+    assert lines.exit_code == 1
+    told = json.loads(lines.stdout)
+    assert (told["sent"], told["refused"]) == (2, 1)
+    assert told["refusals"][0]["line"] == 3
+    assert "stdin:3: not sent: is not JSON" in lines.stderr
+    whole, *others = json.loads(kept("peek", "q", "--json").stdout)["messages"]
+    assert whole["body_base64"] == "YQpiAP8="
+    assert [(message["session_id"], message["body"]) for message in others] == [("x", '{"k": "x"}'), ("1", '{"k": 1}')]
+    assert {message["content_type"] for message in others} == {"application/json"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("body", "--jsonl", "-"), "give bodies or --jsonl, not both"),
+        (("body", "--session-key", "k"), "--session-key is for the lines of --jsonl"),
+        (("body", "--attribute", "novalue"), "must be NAME=VALUE"),
+        (("body", "--session-id", "ü"), "--session-id: must be 1 to 128 printable ASCII"),
+        (("body", "--time-to-live", "-1"), "--time-to-live: "),
+        (("--jsonl", "-", "--session-id", "ü"), "--session-id: must be"),
+    ],
+)
+def test_send_refuses_with_the_option_s_name(kept: Kept, arguments: tuple[str, ...], problem: str) -> None:
+    done = kept("send", "q", *arguments, stdin=b"1\n")
+    assert done.exit_code == 2, done.output
+    assert problem in " ".join(done.stderr.split())
+    assert kept.counts().active == 0
+
+
+def test_dead_letters_are_listed_and_sent_back(kept: Kept) -> None:
+    """C16."""
+    kept.bury(3, "Bad")
+    kept.bury(2, "Worse")
+    told = json.loads(kept("dlq", "list", "q", "--json", "--filter-reason", "Worse").stdout)
+    assert told["dead_lettered"] == 5
+    assert [message["message_id"] for message in told["messages"]] == ["Worse-0", "Worse-1"]
+    assert told["messages"][0]["dead_letter_description"] == "because \x1b[2J"
+    table = kept("dlq", "list", "q", "--limit", "4").stdout
+    assert "4 of 5 dead letters of q shown" in table
+    assert "\x1b" not in table
+    assert r"because \x1b[2J" in table
+
+    dry = json.loads(kept("dlq", "redrive", "q", "--filter-reason", "Bad", "--dry-run", "--json").stdout)
+    assert (dry["matched"], dry["moved"], dry["dry_run"]) == (3, 0, True)
+    assert kept.counts().dead_lettered == 5
+    assert (
+        "3 of 5 dead letters would go back" in kept("dlq", "redrive", "q", "--filter-reason", "Bad", "--dry-run").stdout
+    )
+    back = kept("dlq", "redrive", "q", "--filter-reason", "Bad", "--limit", "2")
+    assert back.exit_code == 0
+    assert "2 of " in back.stdout
+    counts = kept.counts()
+    assert (counts.active, counts.dead_lettered) == (2, 3)
+    rest = json.loads(kept("dlq", "redrive", "q", "--rate", "1000", "--json").stdout)
+    assert rest["moved"] == 3
+    counts = kept.counts()
+    assert (counts.active, counts.dead_lettered) == (5, 0)
+
+
+def test_the_commands_read_the_provider_from_the_environment(kept: Kept) -> None:
+    done = CliRunner().invoke(root, ["peek", "q"], env={"QUEUE_RUNTIME_PROVIDER": kept.url})
+    assert done.exit_code == 0
+
+
+# Parts.
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(1, 20), max_size=40), st.integers(1, 30))
+def test_lines_are_the_same_however_they_are_cut(data: bytes, cuts: list[int], limit: int) -> None:
+    data = data.replace(b"\xef\xbb\xbf", b"")
+    splitter, lines, place = LineSplitter(limit), [], 0
+    for cut in [*cuts, max(1, len(data))]:
+        if chunk := data[place : place + cut]:
+            lines += splitter.split(chunk)
+        place += cut
+    lines += splitter.end()
+    expected = data.split(b"\n")
+    if not expected[-1]:
+        expected.pop()
+    expected = [line.removesuffix(b"\r") for line in expected]
+    assert [line.number for line in lines] == list(range(1, len(expected) + 1))
+    for line, whole in zip(lines, expected, strict=True):
+        assert line.data == (whole if len(whole) <= limit else None)
+
+
+@given(st.lists(st.floats(1e-5, 1e4), min_size=1, max_size=200), st.sampled_from([50, 95, 99, 100]))
+def test_percentiles_are_right_to_within_a_bucket(durations: list[float], percent: int) -> None:
+    histogram = Histogram()
+    for duration in durations:
+        histogram.record(duration)
+    rank = -(-len(durations) * percent // 100)
+    assert histogram.percentile(percent) == pytest.approx(sorted(durations)[rank - 1], rel=0.011)
+
+
+def test_texts_from_outside_cannot_act_on_a_terminal() -> None:
+    assert shown("naïve 日本 🚀") == "naïve 日本 🚀"
+    assert shown("a\x1b[2Jb\r\n\x07\u202e\ud800") == r"a\x1b[2Jb\r\n\x07\u202e\ud800"
