@@ -229,11 +229,6 @@ cdef class Engine(Ledger):
         if link.lane.holder is None and not link.lost:
             self.tend(link.lane)
 
-    cdef int check_home(self, Link link) except -1:
-        if link.home != self.number:
-            raise ValidationError("link", "belongs to another queue")
-        return 0
-
     cdef int check_open(self, Link link, double now, double wall) except -1:
         """Advance; then raise unless the link can be used."""
         self.check_home(link)

@@ -75,6 +75,7 @@ cdef class Ledger:
     cdef int tend(self, Lane lane) except -1
     cdef int signal(self, Link link) except -1
     cdef void vacate(self, Lane lane) noexcept
+    cdef int check_home(self, Link link) except -1
     cdef int drop_locks(self, Link link, double now) except -1
     cdef int advance(self, double now, double wall) except -1
     cdef int appear(self, Entry *entry, double since) except -1

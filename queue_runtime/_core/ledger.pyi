@@ -2,6 +2,8 @@ from typing import Self, final
 
 from typing_extensions import disjoint_base
 
+from typing_extensions import disjoint_base
+
 @final
 class Link:
     @property

@@ -10,6 +10,8 @@ from queue_runtime._core.shelf cimport *
 import os
 from collections import deque
 
+from queue_runtime.errors import ValidationError
+
 cdef str TTL_EXPIRED = "TTLExpired"
 cdef str TOO_MANY_DELIVERIES = "MaxDeliveryCountExceeded"
 
@@ -90,11 +92,25 @@ cdef class Ledger:
     Thread-safety: one thread at a time.
     """
 
-    def __cinit__(
+    def __cinit__(self):
+        self.indexes[0].mask = self.indexes[1].mask = -1
+        self.delays.kind = self.agenda.kind = IN_TIME
+        self.lives.kind = IN_TTL
+        self.plain = Lane.__new__(Lane, None)
+        self.grave = Lane.__new__(Lane, None)
+        self.sessions = {}
+        self.seen = set()
+        self.seen_in_order = deque()
+        self.next_forgotten = INFINITY
+        self.signals = []
+
+    def __init__(
         self, str name not None, *, double lock_duration, double session_lock_duration, int64_t max_delivery_count,
         bint dead_letter_on_expiration, double deduplication_window, Py_ssize_t capacity, Py_ssize_t max_message_size,
     ):
         global engines_made
+        if self.name is not None:
+            raise TypeError("it is set up already")
         engines_made += 1
         self.number = engines_made
         self.secret = int.from_bytes(os.urandom(8), "little")
@@ -106,16 +122,6 @@ cdef class Ledger:
         self.window = deduplication_window
         self.capacity = capacity
         self.max_message_size = max_message_size
-        self.indexes[0].mask = self.indexes[1].mask = -1
-        self.delays.kind = self.agenda.kind = IN_TIME
-        self.lives.kind = IN_TTL
-        self.plain = Lane.__new__(Lane, None)
-        self.grave = Lane.__new__(Lane, None)
-        self.sessions = {}
-        self.seen = set()
-        self.seen_in_order = deque()
-        self.next_forgotten = INFINITY
-        self.signals = []
 
     def __dealloc__(self):
         cdef Entry *entry
@@ -306,6 +312,11 @@ cdef class Ledger:
         lanes_remove(&self.held, lane, HELD)
         lane.holder = None
 
+    cdef int check_home(self, Link link) except -1:
+        if link.home != self.number:
+            raise ValidationError("link", "belongs to another queue")
+        return 0
+
     cdef int drop_locks(self, Link link, double now) except -1:
         cdef Entry *entry
         cdef Lane lane
@@ -411,6 +422,7 @@ cdef class Ledger:
 
     def is_ready(self, Link link not None):
         """Whether a receive on this link would return at once: with a message or with an error."""
+        self.check_home(link)
         return link.closed or link.lost or next_of(link.lane) != NULL
 
     def take_signals(self):
