@@ -114,7 +114,7 @@ def with_session(strategy: SessionKey, message: Message, source: Literal["attrib
     else:
         try:
             fields = json.loads(message.body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # nested too deep for the parser
             raise ValidationError("body", f"the session key is looked up in it, but it is no JSON: {error}") from error
         if not isinstance(fields, dict):
             raise ValidationError("body", "the session key is looked up in it, but it is no JSON object")
