@@ -1,6 +1,4 @@
-from typing import Self, final
-
-from typing_extensions import disjoint_base
+from typing import final
 
 from typing_extensions import disjoint_base
 
@@ -20,8 +18,8 @@ class Link:
 
 @disjoint_base
 class Ledger:
-    def __new__(
-        cls,
+    def __init__(
+        self,
         name: str,
         *,
         lock_duration: float,
@@ -31,7 +29,7 @@ class Ledger:
         deduplication_window: float,
         capacity: int,
         max_message_size: int,
-    ) -> Self: ...
+    ) -> None: ...
     @property
     def name(self) -> str: ...
     @property

@@ -9,12 +9,12 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
+from queue_runtime._core.delivery import Receipt
 from queue_runtime._core.engine import ABANDON, COMPLETE, DEAD_LETTER, DEFER, Engine
 from queue_runtime._core.ledger import Link
-from queue_runtime._core.message import Message, Receipt
+from queue_runtime._core.message import Message
 from queue_runtime.errors import InvalidReceiptError, MessageTooLargeError, SessionLockedError, ValidationError
 
 
@@ -94,7 +94,7 @@ def test_c24_whatever_comes_back_in_whatever_order_is_delivered_in_order(order: 
             engine.settle(link, COMPLETE, [received[place].receipt], 0, 0)
         for place in order[completed:]:
             engine.settle(link, ABANDON, [received[place].receipt], 0, 0)
-        left = sorted(order[completed:]) + [12, 13, 14]
+        left = [*sorted(order[completed:]), 12, 13, 14]
         one_by_one = [engine.receive(link, 1, 0, 0)[0] for _ in left]
         assert bodies(one_by_one) == left
 

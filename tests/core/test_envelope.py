@@ -12,8 +12,7 @@ from typing import Any
 import msgpack
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from queue_runtime._core.envelope import decode_envelope, encode_envelope, encode_envelope_into
 from queue_runtime.errors import ValidationError
