@@ -12,7 +12,8 @@ HEADERS = [f"{CORE}/{name}" for name in sorted(os.listdir(CORE)) if name.endswit
 if sys.platform == "win32":
     FLAGS = ["/O2", "/std:c11", "/experimental:c11atomics"]
 else:
-    FLAGS = ["-O3", "-std=c11", "-fvisibility=hidden", "-Wno-unused-function"]
+    # GCC's own memset of a new object (rep stos) costs some 10 ns more than the C library's.
+    FLAGS = ["-O3", "-std=c11", "-fvisibility=hidden", "-Wno-unused-function", "-fno-builtin-memset"]
 
 
 def compiled(name: str) -> Extension:

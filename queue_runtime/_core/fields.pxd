@@ -19,4 +19,5 @@ cdef object as_instant(double seconds)
 
 # Values of a checked envelope.
 cdef str built_text(wire_text text, bint ascii)
+cdef str built_shared(wire_text text, bint ascii)
 cdef dict built_attributes(const uint8_t *at, bint ascii)

@@ -15,7 +15,7 @@ from cpython.object cimport PyObject
 from cpython.unicode cimport PyUnicode_FromObject
 from libc.math cimport isfinite, isnan, rint
 from libc.stdint cimport int64_t, uint8_t
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcpy
 
 from queue_runtime._core.wire cimport (
     WIRE_MAX_ATTRIBUTES,
@@ -24,8 +24,9 @@ from queue_runtime._core.wire cimport (
     WIRE_MAX_SESSION_ID,
     wire_checked_count,
     wire_checked_run,
-    wire_hash,
     wire_is_printable,
+    wire_place,
+    wire_same,
     wire_text,
 )
 
@@ -235,12 +236,12 @@ cdef dict checked_attributes(object given, Py_ssize_t *size):
 # Building fields of a decoded message. The wire was checked as a whole, so nothing here can find fault with it.
 
 cdef enum:
-    NAMES_KEPT = 256
-    LONGEST_NAME_KEPT = 32
+    SHARED_BITS = 8
+    LONGEST_SHARED = 32
 
-# Attribute names are the same few in most messages: these are kept, so that they (and their hashes) are made once.
-# A name has one place, by its bytes, and a newcomer takes it over: the memory is bounded.
-cdef list kept_names = [None] * NAMES_KEPT
+# Attribute names and content types are the same few in most messages: these are kept, so that they (and their hashes)
+# are made once. A text has one place, by its bytes, and a newcomer takes it over: the memory is bounded.
+cdef list shared = [None] * (1 << SHARED_BITS)
 
 
 cdef str built_text(wire_text text, bint ascii):
@@ -256,23 +257,22 @@ cdef str built_text(wire_text text, bint ascii):
     return built
 
 
-cdef str built_name(wire_text text, bint ascii):
-    cdef str name
+cdef str built_shared(wire_text text, bint ascii):
+    cdef str found
     cdef size_t place
-    if not ascii or text.size > LONGEST_NAME_KEPT:
+    if not ascii or text.data is NULL or text.size > LONGEST_SHARED:
         return built_text(text, ascii)
-    place = wire_hash(text.data, text.size) % NAMES_KEPT
-    kept = kept_names[place]
+    place = wire_place(text.data, text.size, SHARED_BITS)
+    kept = shared[place]
     if kept is not None:
-        name = <str>kept
-        if (
-            <size_t>PyUnicode_GET_LENGTH(name) == text.size
-            and memcmp(PyUnicode_1BYTE_DATA(name), text.data, text.size) == 0
+        found = <str>kept
+        if <size_t>PyUnicode_GET_LENGTH(found) == text.size and wire_same(
+            PyUnicode_1BYTE_DATA(found), text.data, text.size
         ):
-            return name
-    name = built_text(text, True)
-    kept_names[place] = name
-    return name
+            return found
+    found = built_text(text, True)
+    shared[place] = found
+    return found
 
 
 cdef dict built_attributes(const uint8_t *at, bint ascii):
@@ -286,5 +286,5 @@ cdef dict built_attributes(const uint8_t *at, bint ascii):
         name = wire_checked_run(at)
         value = wire_checked_run(name.data + name.size)
         at = value.data + value.size
-        attributes[built_name(name, ascii)] = built_text(value, ascii)
+        attributes[built_shared(name, ascii)] = built_text(value, ascii)
     return attributes

@@ -40,6 +40,7 @@ cdef class Message:
     cdef str c_deduplication_id(self)
     cdef dict c_attributes(self)        # None = no attributes; the caller must not change it
     cdef bytes c_body(self)
+    cdef object attributes_view(self)
     cdef Py_ssize_t c_size(self) except -1
     cdef int check_made(self) except -1
 

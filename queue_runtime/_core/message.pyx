@@ -9,6 +9,7 @@ from queue_runtime._core.fields cimport (
     as_scheduled,
     as_timedelta,
     built_attributes,
+    built_shared,
     built_text,
     checked_attributes,
     duration_us,
@@ -20,6 +21,7 @@ from queue_runtime._core.fields cimport (
 )
 from queue_runtime._core.wire cimport WIRE_MAX_SESSION_ID, wire_checked_run, wire_text
 
+import sys
 from types import MappingProxyType
 
 from queue_runtime.errors import ValidationError
@@ -28,8 +30,19 @@ cdef extern from "Python.h":
     Py_ssize_t PyUnicode_GET_LENGTH(object)
     bint PyBytes_CheckExact(object)
     object PyDictProxy_New(object mapping)
+    object PyObject_GenericGetAttr(object owner, object name)
 
 cdef object NO_ATTRIBUTES = MappingProxyType({})
+
+# Names in code are interned, as these are: comparing the pointers tells which one it is.
+cdef str MESSAGE_ID_NAME = sys.intern("message_id")
+cdef str SESSION_ID_NAME = sys.intern("session_id")
+cdef str CORRELATION_ID_NAME = sys.intern("correlation_id")
+cdef str CONTENT_TYPE_NAME = sys.intern("content_type")
+cdef str DEDUPLICATION_ID_NAME = sys.intern("deduplication_id")
+cdef str TIME_TO_LIVE_NAME = sys.intern("time_to_live")
+cdef str ATTRIBUTES_NAME = sys.intern("attributes")
+cdef str BODY_NAME = sys.intern("body")
 
 FIELD_NAMES = (
     "body", "attributes", "message_id", "session_id", "correlation_id", "content_type", "time_to_live",
@@ -150,7 +163,7 @@ cdef class Message:
         elif field == CORRELATION_ID:
             self._correlation_id = built_text(wire_checked_run(wire + self.at[2]), ascii)
         elif field == CONTENT_TYPE:
-            self._content_type = built_text(wire_checked_run(wire + self.at[3]), ascii)
+            self._content_type = built_shared(wire_checked_run(wire + self.at[3]), ascii)
         elif field == DEDUPLICATION_ID:
             self._deduplication_id = built_text(wire_checked_run(wire + self.at[4]), ascii)
         elif field == ATTRIBUTES:
@@ -201,7 +214,35 @@ cdef class Message:
         self.check_made()
         return self._size
 
+    cdef object attributes_view(self):
+        cdef dict attributes = self.c_attributes()
+        if attributes is None:
+            return NO_ATTRIBUTES
+        if self._attributes_view is None:
+            self._attributes_view = PyDictProxy_New(attributes)
+        return self._attributes_view
+
     # For everybody.
+
+    def __getattribute__(self, name):
+        # A short cut to the properties below: the search for a property costs more than most of them do.
+        if name is BODY_NAME:
+            return self.c_body()
+        if name is MESSAGE_ID_NAME:
+            return self.c_message_id()
+        if name is SESSION_ID_NAME:
+            return self.c_session_id()
+        if name is ATTRIBUTES_NAME:
+            return self.attributes_view()
+        if name is CORRELATION_ID_NAME:
+            return self.c_correlation_id()
+        if name is CONTENT_TYPE_NAME:
+            return self.c_content_type()
+        if name is DEDUPLICATION_ID_NAME:
+            return self.c_deduplication_id()
+        if name is TIME_TO_LIVE_NAME:
+            return as_timedelta(self.ttl_us)
+        return PyObject_GenericGetAttr(self, name)
 
     @property
     def body(self):
@@ -222,12 +263,7 @@ cdef class Message:
     @property
     def attributes(self):
         """A read-only mapping of str to str."""
-        cdef dict attributes = self.c_attributes()
-        if attributes is None:
-            return NO_ATTRIBUTES
-        if self._attributes_view is None:
-            self._attributes_view = PyDictProxy_New(attributes)
-        return self._attributes_view
+        return self.attributes_view()
 
     @property
     def message_id(self):

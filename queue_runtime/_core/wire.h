@@ -145,15 +145,19 @@ static inline void wire_ends(const uint8_t *p, size_t size, uint64_t *first, uin
     }
 }
 
-/* For tables of short texts. */
-static inline uint64_t wire_hash(const uint8_t *p, size_t size) {
-    const uint64_t odd = UINT64_C(0x9E3779B97F4A7C15);
+/* A place in a table of 2^bits texts; of long texts only the ends count. */
+static inline size_t wire_place(const uint8_t *p, size_t size, unsigned bits) {
     uint64_t first, last;
     wire_ends(p, size, &first, &last);
-    uint64_t hash = (first ^ size) * odd;
-    for (size_t i = 8; i + 8 < size; i += 8) hash = (hash ^ hash >> 29 ^ wire_load64(p + i)) * odd;
-    hash = (hash ^ hash >> 29 ^ last) * odd;
-    return hash ^ hash >> 32;
+    return (size_t)((first ^ (last << 19 | last >> 45) ^ size) * UINT64_C(0x9E3779B97F4A7C15) >> (64 - bits));
+}
+
+/* Whether two texts of one size are the same; up to 16 bytes, their ends are all of them. */
+static inline bool wire_same(const uint8_t *p, const uint8_t *q, size_t size) {
+    uint64_t p_first, p_last, q_first, q_last;
+    wire_ends(p, size, &p_first, &p_last);
+    wire_ends(q, size, &q_first, &q_last);
+    return p_first == q_first && p_last == q_last && (size <= 16 || memcmp(p, q, size) == 0);
 }
 
 /* ---- reading ----

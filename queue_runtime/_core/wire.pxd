@@ -39,7 +39,8 @@ cdef extern from "wire.h" nogil:
         wire_text body
 
     bint wire_is_printable(const uint8_t *p, size_t size)
-    uint64_t wire_hash(const uint8_t *p, size_t size)
+    size_t wire_place(const uint8_t *p, size_t size, unsigned bits)
+    bint wire_same(const uint8_t *p, const uint8_t *q, size_t size)
     bint wire_check(const uint8_t *data, size_t size, wire_envelope *out, wire_fault *fault)
     wire_text wire_checked_run(const uint8_t *p)
     size_t wire_checked_count(const uint8_t **p)
