@@ -305,6 +305,7 @@ cdef class MultiProducerConcurrentConsumer(Pumping):
                 self.tell_dropped(slot.drop_oldest())
             if answer == QR_DONE:
                 slot.dropped += done
+                slot.skipped += done
         elif self._policy == BLOCK and asyncio._get_running_loop() is None:
             answer = self.push_blocking(slot, items)
         else:

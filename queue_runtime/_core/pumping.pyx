@@ -108,6 +108,11 @@ cdef class Batch:
             self.pump.close()
 
     @property
+    def __qualname__(self):
+        """What a task's repr shows."""
+        return f"pump of slot {self.slot.number}"
+
+    @property
     def cr_frame(self):
         """The pump's frame, so that a task's stack shows it."""
         return getattr(self.pump, "cr_frame", None)

@@ -49,6 +49,7 @@ cdef class Slot:
     cdef uint64_t failed
     cdef uint64_t retried
     cdef uint64_t dropped
+    cdef uint64_t skipped       # dropped before they were ever in the ring
     cdef uint64_t refused
     cdef uint64_t left
 

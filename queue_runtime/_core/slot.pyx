@@ -109,7 +109,7 @@ cdef class Slot:
         return len(self.front) + <Py_ssize_t>(qr_ring_tail(self.ring) - head)
 
     cdef uint64_t pushed(self):
-        return qr_ring_tail(self.ring) + <uint64_t>len(self.overflow)
+        return qr_ring_tail(self.ring) + <uint64_t>len(self.overflow) + self.skipped
 
     # The consumer's.
 

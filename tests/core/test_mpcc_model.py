@@ -36,9 +36,7 @@ class Twins(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "loop"):
-            for task in asyncio.all_tasks(self.loop):
-                task.cancel()
-            self.loop.run_until_complete(turns())
+            self.loop.run_until_complete(self.real.complete(timeout=0))
             self.loop.close()
 
     async def pump(self, items: list[int], slot: int, state: Any, cancellation: Any) -> None:
