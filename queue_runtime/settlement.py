@@ -90,8 +90,13 @@ class BatchedLane:
         except ClosedError as error:
             return failed(error)
         self._waiting.add(future)
-        future.add_done_callback(self._waiting.discard)
+        future.add_done_callback(self._done)
         return future
+
+    def _done(self, future: asyncio.Future[Any]) -> None:
+        self._waiting.discard(future)
+        if not future.cancelled():
+            future.exception()  # looked at: a caller that was cancelled does so no more
 
     async def flush(self) -> None:
         while self._waiting:
