@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 from harness import Harness, QueueSettings, bodies, numbered, turns
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from queue_runtime.errors import (
     CapabilityError,

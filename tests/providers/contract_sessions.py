@@ -7,8 +7,7 @@ from datetime import timedelta
 
 import pytest
 from harness import Harness, Place, QueueSettings, bodies, numbered, turns
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from queue_runtime.client import Session
 from queue_runtime.errors import (
