@@ -13,8 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from queue_runtime.errors import InvalidReceiptError, ValidationError
 from queue_runtime.message import Message, MessageId, QueueName, Receipt, ReceivedMessage, SessionId
