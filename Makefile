@@ -6,6 +6,11 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP := PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --disable-pip-version-check
+# What some extras ask for: installing them by name would compile the package once more.
+REQUIREMENTS = $(PY) -c 'import sys, tomllib; \
+    extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+    print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1)
 CORE := $(wildcard queue_runtime/_core/*.pyx queue_runtime/_core/*.pxd queue_runtime/_core/*.h)
 
 .PHONY: run test bench lint wheel clean
@@ -33,16 +38,18 @@ wheel: $(VENV)/tools
 # Only what `make run` needs: a new user waits for no test tools.
 $(VENV)/base: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(PY) -m pip install --quiet --disable-pip-version-check --group build 'click>=8.1' 'rich>=13.7'
+	$(PIP) --upgrade 'pip>=25.1'
+	$(call REQUIREMENTS,cli) > $(VENV)/cli.txt
+	$(PIP) --group build -r $(VENV)/cli.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/base setup.py pyproject.toml $(CORE)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[cli]'
+	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
 $(VENV)/tools: pyproject.toml | $(VENV)/built
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --group test --group package --editable '.[bench,uvloop]'
+	$(call REQUIREMENTS,bench uvloop) > $(VENV)/tools.txt
+	$(PIP) --group test --group package -r $(VENV)/tools.txt
 	touch $@
 
 clean:

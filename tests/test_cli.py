@@ -1,8 +1,10 @@
 """The command line, as a user meets it: most tests start real processes, some with real signals."""
 
 import asyncio
+import contextlib
 import json
 import os
+import pty
 import re
 import select
 import signal
@@ -14,8 +16,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from queue_runtime.cli.commands import root
 from queue_runtime.cli.lines import LineSplitter
@@ -234,6 +235,27 @@ def test_a_small_queue_is_fed_as_it_empties(run: Run, here: Path) -> None:
     arguments += ["--feed", "feed.jsonl", "--session-key", "s"]
     done = subprocess.run(arguments, cwd=here, capture_output=True, text=True, timeout=30)
     assert json.loads(done.stdout)["messages"]["completed"] == 100, done.stderr
+
+
+def test_a_terminal_shows_progress_and_keeps_what_the_handler_prints(here: Path) -> None:
+    master, slave = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"}
+    arguments = run_arguments("handlers:slow", "--feed", "feed.jsonl", "--concurrency", "50")
+    process = subprocess.Popen(arguments, cwd=here, env=environment, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    seen = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+        while chunk := os.read(master, 65_536):
+            seen += chunk
+    os.close(master)
+    assert process.wait(timeout=10) == 0
+    output = seen.decode()
+    assert re.search(r"100 sent · \d+ messages · [\d,]+/s · 50 in flight · \d+ waiting · 0 dead-lettered", output)
+    assert output.count("begun") == output.count("done") == 100
+    assert "100 completed, 0 dead-lettered, none left" in output
+    assert output.endswith("\r\n")
+    assert "\x1b[?25l" in output, "the cursor is hidden while the line lives"
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
 
 
 # Lines that cannot be sent.

@@ -99,6 +99,7 @@ def progress(work: Work, wanted: bool) -> Iterator[None]:
 
 def print_report(report: Report) -> None:
     """Print the final table of a run, and its dead letters."""
+    _print(Text())
     _print(_summary(report))
     listed, total = report.meter.dead_letters, report.dead_lettered
     if listed:
