@@ -40,6 +40,7 @@ from queue_runtime.providers.base import (
     SessionReceiver,
 )
 
+_running_loop = asyncio.get_running_loop
 _ACTIONS = {
     Action.COMPLETE: core.COMPLETE,
     Action.ABANDON: core.ABANDON,
@@ -281,7 +282,7 @@ class InMemoryProvider:
         broker = self._broker
         if self._closed:
             raise ClosedError("the provider is closed")
-        loop = asyncio.get_running_loop()
+        loop = _running_loop()
         if loop is not broker.loop:
             broker.bind(loop)
         queue = broker.queues.get(queue_name)
@@ -385,13 +386,14 @@ class InMemoryReceiver:
     Thread-safety: for one event loop's thread only; there, any number of tasks may use it at once.
     """
 
-    __slots__ = ("_broker", "_clock", "_engine", "_line", "_link", "_peers", "_queue", "_waits", "id")
+    __slots__ = ("_broker", "_engine", "_line", "_link", "_now", "_peers", "_queue", "_waits", "_wall", "id")
 
     def __init__(
         self, provider: InMemoryProvider, peers: set[InMemoryReceiver], queue: _Queue, link: Link, line: _Line
     ) -> None:
         self._broker = provider._broker
-        self._clock = queue.clock
+        self._now = queue.clock.monotonic
+        self._wall = queue.clock.time
         self._queue = queue
         self._engine = queue.engine
         self._link = link
@@ -410,7 +412,7 @@ class InMemoryReceiver:
         return self._engine.lock_duration
 
     def _bind(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop = _running_loop()
         if loop is not self._broker.loop:
             self._broker.bind(loop)
 
@@ -419,43 +421,43 @@ class InMemoryReceiver:
             self._queue.look(self._line)
 
     async def receive(self, max_count: int, timeout: float) -> list[ReceivedMessage]:
-        self._bind()
-        clock = self._clock
-        messages = self._engine.receive(self._link, max_count, clock.monotonic(), clock.time())
+        if _running_loop() is not self._broker.loop:
+            self._bind()
+        messages = self._engine.receive(self._link, max_count, self._now(), self._wall())
         if self._queue.waiters:
             self._queue.look(self._line)
         if messages or timeout <= 0:
             return messages
-        deadline = clock.monotonic() + timeout
+        deadline = self._now() + timeout
         again = False
-        while not messages and deadline - clock.monotonic() > _EARLY:
+        while not messages and deadline - self._now() > _EARLY:
             await self._queue.wait(self._line, self._waits, deadline, again=again)
             again = True
             try:
-                messages = self._engine.receive(self._link, max_count, clock.monotonic(), clock.time())
+                messages = self._engine.receive(self._link, max_count, self._now(), self._wall())
             finally:
                 self._changed()
         return messages
 
     async def receive_deferred(self, sequence_numbers: Sequence[int]) -> list[ReceivedMessage]:
         self._bind()
-        now, wall = self._clock.monotonic(), self._clock.time()
+        now, wall = self._now(), self._wall()
         messages = self._engine.receive_deferred(self._link, sequence_numbers, now, wall)
         self._changed()
         return messages
 
     async def settle(self, disposition: Disposition, receipts: Sequence[Receipt]) -> list[Outcome]:
-        self._bind()
-        clock = self._clock
+        if _running_loop() is not self._broker.loop:
+            self._bind()
         if disposition is COMPLETE:
-            outcomes = self._engine.settle(self._link, 0, receipts, clock.monotonic(), clock.time())
+            outcomes = self._engine.settle(self._link, core.COMPLETE, receipts, self._now(), self._wall())
         else:
             outcomes = self._engine.settle(
                 self._link,
                 _ACTIONS[disposition.action],
                 receipts,
-                clock.monotonic(),
-                clock.time(),
+                self._now(),
+                self._wall(),
                 disposition.delay,
                 disposition.reason,
                 disposition.description,
@@ -466,13 +468,13 @@ class InMemoryReceiver:
 
     async def renew(self, receipts: Sequence[Receipt]) -> list[float | QueueRuntimeError]:
         self._bind()
-        ends = self._engine.renew(self._link, receipts, self._clock.monotonic(), self._clock.time())
+        ends = self._engine.renew(self._link, receipts, self._now(), self._wall())
         self._changed()
         return ends
 
     async def close(self) -> None:
         self._peers.discard(self)
-        self._engine.close_link(self._link, self._clock.monotonic(), self._clock.time())
+        self._engine.close_link(self._link, self._now(), self._wall())
         for future in self._waits:
             _end(future)
         self._changed()
@@ -497,15 +499,15 @@ class InMemorySessionReceiver(InMemoryReceiver):
 
     async def renew_session(self) -> float:
         self._bind()
-        return self._engine.renew_session(self._link, self._clock.monotonic(), self._clock.time())
+        return self._engine.renew_session(self._link, self._now(), self._wall())
 
     async def get_state(self) -> bytes | None:
         self._bind()
-        return self._engine.get_state(self._link, self._clock.monotonic(), self._clock.time())
+        return self._engine.get_state(self._link, self._now(), self._wall())
 
     async def set_state(self, state: bytes | None) -> None:
         self._bind()
-        self._engine.set_state(self._link, state, self._clock.monotonic(), self._clock.time())
+        self._engine.set_state(self._link, state, self._now(), self._wall())
 
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
-from queue_runtime.clock import ManualClock, SystemClock, settle_tasks
+from queue_runtime.clock import ManualClock, SystemClock, Timer, settle_tasks
 from queue_runtime.config import InMemoryConfig
 from queue_runtime.errors import (
     ClosedError,
@@ -176,6 +176,35 @@ async def test_waiters_of_other_kinds_are_woken_each_by_their_own(
     assert tasks[1].result()[0].dead_letter_reason == "MaxDeliveryCountExceeded"
     free = tasks[2].result()
     assert free.session_id == "free"
+
+
+class CountingClock(SystemClock):
+    """The machine's clock, and how many timers were asked of it."""
+
+    timers = 0
+
+    def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
+        self.timers += 1
+        return super().call_later(delay, callback)
+
+
+@pytest.mark.both_loops
+async def test_p11_on_the_real_clock_waiting_takes_a_handful_of_timers_and_no_polling() -> None:
+    clock = CountingClock()
+    provider = InMemoryProvider(InMemoryConfig(lock_duration=0.05, session_lock_duration=0.05), clock=clock)
+    receiver = await provider.open_receiver("q")
+    await provider.send("q", [*numbered(1), *numbered(1, session_id="s"), Message(body=b"1", delay=0.08)])
+    assert bodies(await receiver.receive(9, 0.0)) == [0]
+    session = await provider.accept_session("q", None, 0.0)
+    assert session is not None
+    again, taken = await asyncio.gather(receiver.receive(9, 5.0), provider.accept_session("q", None, 5.0))
+    assert (bodies(again), again[0].delivery_count) == ([0], 2)
+    assert taken is not None
+    await receiver.settle(COMPLETE, [again[0].receipt])
+    assert bodies(await receiver.receive(9, 5.0)) == [1]
+    assert await receiver.receive(9, 0.02) == []
+    assert clock.timers <= 20
+    await provider.close()
 
 
 # Sessions.
