@@ -1,10 +1,13 @@
 """Envelopes: golden bytes, round trips, and msgpack and msgspec as second opinions."""
 
+import contextlib
 import copy
 import gc
 import json
 import pickle
 import re
+import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from queue_runtime._core.envelope import decode_envelope, encode_envelope, encode_envelope_into
-from queue_runtime.errors import ValidationError
+from queue_runtime.errors import SerializationError, ValidationError
 from queue_runtime.message import Message, ReceivedMessage
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -271,3 +274,50 @@ def test_attribute_names_are_shared_between_messages() -> None:
         }
     one, two = (decode_envelope(encode_envelope(Message(body=b"", attributes={"kept": "v"}))) for _ in range(2))
     assert next(iter(one.attributes)) is next(iter(two.attributes))
+
+
+def test_threads_that_look_first_at_the_same_time() -> None:
+    """Whoever builds a field, all see the right value."""
+    message = Message(body=b"b" * 100, attributes={"a": "1", "é": "2"}, session_id="s", correlation_id="ü")
+    wire = encode_envelope(message)
+    decoded = [decode_envelope(wire) for _ in range(300)]
+    start = threading.Barrier(4)
+    wrong: list[Message] = []
+
+    def look() -> None:
+        start.wait()
+        wrong.extend(each for each in decoded if each.replace() != message)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_nothing_is_left_behind() -> None:
+    wire = encode_envelope(
+        Message(body=b"b" * 100, attributes={"a": "1", "é": "2"}, session_id="s", correlation_id="ü")
+    )
+
+    def use() -> None:
+        message = decode_envelope(bytearray(wire))
+        [getattr(message, field) for field in FIELDS]
+        encode_envelope_into(message.replace(delay=1), bytearray(1000))
+        encode_envelope(message.replace(body=b"")), bytes(message.body_view)
+        with contextlib.suppress(SerializationError):
+            decode_envelope(wire[:-1])
+        with contextlib.suppress(ValidationError):
+            message.replace(session_id="")
+        with contextlib.suppress(ValidationError):
+            encode_envelope_into(message, bytearray(1))
+
+    for _ in range(100):
+        use()
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(1000):
+        use()
+    gc.collect()
+    assert sys.getallocatedblocks() - before < 200
