@@ -35,6 +35,8 @@ class _Term:
     """When the locks of one delivery are renewed next, and when that ends for good."""
 
     renew_at: float
+    ends_at: float
+    """The end of the locks as they are, by this clock."""
     give_up_at: float
     is_last: bool = False
 
@@ -76,6 +78,7 @@ class LockRenewer:
         self._order = itertools.count()
         self._timer: Timer | None = None
         self._timer_due = 0.0
+        self._closed = False
 
     def watch(self, receiver: Receiver, receipts: Sequence[Receipt]) -> None:
         """Renew the locks of these receipts from now on."""
@@ -85,7 +88,7 @@ class LockRenewer:
         now = self._clock.monotonic()
         term = self._term(receiver.lock_duration, now, now + self._max_renewal)
         watch.held.update(dict.fromkeys(receipts, term))
-        if watch.due is None and watch.task is None:
+        if watch.task is None and (watch.due is None or term.renew_at < watch.due):
             self._schedule(watch, term.renew_at)
 
     def watch_session(self, receiver: SessionReceiver) -> None:
@@ -110,7 +113,8 @@ class LockRenewer:
                 watch.task.cancel()
 
     async def close(self) -> None:
-        """Stop all renewal."""
+        """Stop all renewal, for good."""
+        self._closed = True
         tasks = [watch.task for watch in self._watches.values() if watch.task is not None]
         for receiver_id in list(self._watches):
             self.drop(receiver_id)
@@ -120,16 +124,18 @@ class LockRenewer:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _term(self, lock_duration: float, now: float, give_up_at: float) -> _Term:
-        renew_at = now + lock_duration * RENEW_AFTER
+        renew_at, ends_at = now + lock_duration * RENEW_AFTER, now + lock_duration
         if renew_at < give_up_at:
-            return _Term(renew_at, give_up_at)
-        return _Term(now + lock_duration, give_up_at, is_last=True)
+            return _Term(renew_at, ends_at, give_up_at)
+        return _Term(ends_at, ends_at, give_up_at, is_last=True)
 
     def _next_session_renewal(self, session: SessionReceiver) -> float:
         left = session.locked_until - self._clock.time()
         return self._clock.monotonic() + max(0.0, left) * RENEW_AFTER
 
     def _schedule(self, watch: _Watch, due: float) -> None:
+        if self._closed:
+            return
         watch.due = due
         heapq.heappush(self._heap, (due, next(self._order), watch))
         if self._timer is None or due < self._timer_due:
@@ -213,8 +219,9 @@ class LockRenewer:
                 continue
             if not isinstance(outcome, QueueRuntimeError):
                 watch.held[receipt] = self._term(duration, after, term.give_up_at)
-            elif outcome.is_transient and after < term.renew_at + duration * (1 - RENEW_AFTER):
-                watch.held[receipt] = _Term(after + duration * TOGETHER, term.give_up_at)
+            elif outcome.is_transient and after < term.ends_at:
+                again = min(after + duration * TOGETHER, term.ends_at)
+                watch.held[receipt] = _Term(again, term.ends_at, term.give_up_at)
             else:
                 self._lose(watch, [receipt], outcome)
 
