@@ -275,7 +275,9 @@ cdef class MultiProducerConcurrentConsumer(Pumping):
         cdef Slot slot = self.slot_of(slot_number)
         outcome = asyncio.get_running_loop().create_future()
         slot.carries = True
-        await self.push_wait(Carried(item, outcome), slot_number)
+        carried = Carried(item, outcome)
+        if not self.try_put(slot, carried):
+            await self.push_wait(carried, slot_number)
         return await outcome
 
     cdef bint try_put(self, Slot slot, object item) except -1:
@@ -462,7 +464,7 @@ cdef class MultiProducerConcurrentConsumer(Pumping):
         the child of a fork.
 
         Thread-safety: the event loop's thread; on another loop only after the first one was closed. When the caller is
-        cancelled, the completion goes on without it.
+        cancelled, the completion goes on without it. A pump that awaits it waits for itself.
         """
         cdef Slot slot
         limit = None if timeout is None else _seconds("timeout", timeout, True)

@@ -182,6 +182,7 @@ cdef class Pumping:
     def _answer(self):
         cdef uint64_t word, bits
         cdef Py_ssize_t number
+        self._thread = PyThread_get_thread_ident()  # a loop may have moved to another thread
         qr_bell_answer(self._bell)
         for word in range(self._bell.words):
             bits = qr_bell_take(self._bell, word)
