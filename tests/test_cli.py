@@ -392,6 +392,21 @@ def test_a_run_for_ever_waits_for_more_while_stdin_blocks(start: Callable[..., s
     assert process.wait(timeout=10) == 130
 
 
+def test_an_interrupted_send_says_how_far_it_came() -> None:
+    arguments = command("send", "q", "--jsonl", "-", "--provider", "memory://")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write("1\n2\nno\n")
+        process.stdin.flush()
+        assert "stdin:3: not sent" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+        assert process.stdout is not None
+        assert process.stdout.read() == "2 of 3 lines sent to q\n"
+
+
 # What is wrong is said in a sentence, with a code.
 
 

@@ -307,13 +307,18 @@ def send(
     if jsonl is not None:
         feeder = Feeder(client, queue_name, jsonl, key=session_key_of(session_key), settings=settings, tell=tell)
         Message(body=b"", **settings)  # what is wrong with an option is not the fault of each line
-        fed = _to_the_end(_with(client, feeder.run))
+        code = Code.FINE
+        try:
+            _to_the_end(_with(client, feeder.run))
+        except KeyboardInterrupt:
+            code = Code.INTERRUPTED
+        fed = feeder.result
         if as_json:
             refusals = [refusal._asdict() for refusal in fed.refusals]
             print_json({"queue": queue_name, "sent": fed.sent, "refused": fed.refused, "refusals": refusals})
         else:
             click.echo(f"{fed.sent:,} of {fed.lines:,} lines sent to {queue_name}")
-        ctx.exit(Code.FAILED if fed.refused or fed.error else Code.FINE)
+        ctx.exit(code or (Code.FAILED if fed.refused or fed.error else Code.FINE))
     messages = [Message(body=body, **settings) for body in _bodies(bodies)]
     ids = _to_the_end(_with(client, lambda: client.send_messages(queue_name, messages)))
     if as_json:
