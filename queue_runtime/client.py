@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from types import TracebackType
 from typing import Literal, Self, cast
 
 from queue_runtime.clock import Clock, SystemClock, utc
-from queue_runtime.config import ProviderConfig, Seconds, config_from_url
+from queue_runtime.config import ProviderConfig, Seconds, config_from_url, wait_seconds
 from queue_runtime.dlq import DeadLetters
 from queue_runtime.errors import (
     BatchSendError,
@@ -144,18 +143,9 @@ class QueueClient:
         """
         self._check_open()
         _check_queue_name(queue_name)
-        batch = [self._outgoing(message, f"messages[{place}]") for place, message in enumerate(messages)]
-        if not batch:
-            return []
-        outcomes = await self._provider.send(queue_name, batch)
-        if any(outcomes):
-            raise BatchSendError(
-                [
-                    message.message_id if outcome is None else outcome
-                    for message, outcome in zip(batch, outcomes, strict=True)
-                ]
-            )
-        return [message.message_id for message in batch]
+        return await self.send_as_they_are(
+            queue_name, [self._outgoing(message, f"messages[{place}]") for place, message in enumerate(messages)]
+        )
 
     # Receiving.
 
@@ -266,7 +256,7 @@ class QueueClient:
         _check_queue_name(queue_name)
         if session_id is not None:
             session_id = SessionId(session_id)
-        receiver = await self._provider.accept_session(queue_name, session_id, _wait("timeout", timeout))
+        receiver = await self._provider.accept_session(queue_name, session_id, wait_seconds("timeout", timeout))
         if receiver is None:
             return None
         lane = self._add_lane(receiver)
@@ -319,6 +309,20 @@ class QueueClient:
         self._lost_listeners.append(listener)
         return lambda: self._lost_listeners.remove(listener)
 
+    async def send_as_they_are(self, queue_name: str, batch: Sequence[Message]) -> list[str]:
+        """Send, asking for no session key: what comes back from the dead letters keeps the session that it had."""
+        if not batch:
+            return []
+        outcomes = await self._provider.send(queue_name, batch)
+        if any(outcomes):
+            raise BatchSendError(
+                [
+                    message.message_id if outcome is None else outcome
+                    for message, outcome in zip(batch, outcomes, strict=True)
+                ]
+            )
+        return [message.message_id for message in batch]
+
     async def receive_dead_letters(self, queue_name: str, max_count: int, timeout: Seconds) -> list[ReceivedMessage]:
         """For ``DeadLetters``."""
         lane = self._dead_letter_lanes.get(queue_name) or await self._open_lane(queue_name, self._dead_letter_lanes)
@@ -362,7 +366,7 @@ class QueueClient:
         """Receive on a lane and have the locks renewed."""
         self._check_open()
         _check_count("max_count", max_count)
-        messages = await lane.receiver.receive(max_count, _wait("timeout", timeout))
+        messages = await lane.receiver.receive(max_count, wait_seconds("timeout", timeout))
         self._watch(lane, messages)
         return messages
 
@@ -421,7 +425,7 @@ class QueueClient:
         return [(self._lanes[key], found) for key, found in places.items() if key in self._lanes]
 
     def _abandonment(self, delay: Seconds) -> Disposition:
-        pause = _wait("delay", delay)
+        pause = wait_seconds("delay", delay)
         if pause == 0.0:
             return ABANDON
         self.require("abandon_delay")
@@ -473,14 +477,6 @@ _valid_queue_name = functools.lru_cache(maxsize=1024)(QueueName)
 def _check_count(field: str, count: object) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
         raise ValidationError(field, f"must be a whole number from 1 to {MAX_COUNT}, not {count!r}")
-
-
-def _wait(field: str, value: Seconds) -> float:
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValidationError(field, f"must be seconds or a timedelta, 0 or more, not {value!r}")
-    return float(value)
 
 
 def _receipt(message: object) -> Receipt:

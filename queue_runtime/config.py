@@ -32,6 +32,15 @@ def seconds(field: str, value: object, *, minimum: float = 0.0, maximum: float =
     return float(value)
 
 
+def wait_seconds(field: str, value: object) -> float:
+    """Return an argument that is a duration in seconds; raise ValidationError naming ``field`` when it is none."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValidationError(field, f"must be seconds or a timedelta, 0 or more, not {value!r}")
+    return float(value)
+
+
 def integer(field: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
     """Return ``value``; raise ConfigurationError naming ``field`` when it is no whole number or out of range."""
     if isinstance(value, bool) or not isinstance(value, int):

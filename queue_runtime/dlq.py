@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from queue_runtime.clock import sleep
-from queue_runtime.config import Seconds
-from queue_runtime.errors import BatchSendError, QueueRuntimeError, ValidationError
+from queue_runtime.config import Seconds, wait_seconds
+from queue_runtime.errors import BatchSendError, BatchSettleError, QueueRuntimeError, ValidationError
 from queue_runtime.message import Message, ReceivedMessage
 
 if TYPE_CHECKING:
@@ -94,8 +96,12 @@ class DeadLetters:
         """
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
             raise ValidationError("limit", f"must be a whole number, at least 1, not {limit!r}")
-        if rate is not None and not 0 < rate < float("inf"):
+        is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate is not None and not (is_number and 0 < rate < math.inf):
             raise ValidationError("rate", f"must be above 0 messages a second, not {rate!r}")
+        if where is not None and not callable(where):
+            raise ValidationError("where", f"must be a function of a dead letter, not {where!r}")
+        timeout = wait_seconds("timeout", timeout)
         total = await self.count()
         if dry_run and self._client.capabilities.peek:
             return await self._look(total, where, limit)
@@ -162,7 +168,9 @@ class _Redrive:
                     await sleep(clock, started + self._result.moved / self._rate - clock.monotonic())
         finally:
             if self._kept:
-                await self._client.abandon_messages(self._kept)
+                # Those whose locks ran out meanwhile are free already.
+                with contextlib.suppress(BatchSettleError):
+                    await self._client.abandon_messages(self._kept)
         return self._result
 
     async def _batch(self, messages: list[ReceivedMessage]) -> None:
@@ -188,7 +196,9 @@ class _Redrive:
 
     async def _move(self, messages: list[ReceivedMessage]) -> list[ReceivedMessage]:
         try:
-            await self._client.send_messages(self._dead_letters.queue_name, [_revived(message) for message in messages])
+            await self._client.send_as_they_are(
+                self._dead_letters.queue_name, [_revived(message) for message in messages]
+            )
         except BatchSendError as error:
             sent = [not isinstance(outcome, QueueRuntimeError) for outcome in error.outcomes]
             messages = [message for message, went in zip(messages, sent, strict=True) if went]
