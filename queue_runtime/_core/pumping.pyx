@@ -48,6 +48,11 @@ cdef extern from "Python.h":
     PySendResult PyIter_Send(object it, object argument, PyObject **result) except PYGEN_ERROR
     unsigned long PyThread_get_thread_ident() noexcept
     object PyObject_Call(object, tuple, dict)
+    bint PyCoro_CheckExact(object) noexcept
+
+# Looked up once: each is needed for every batch.
+cdef object _Task = asyncio.Task
+cdef object _iscoroutine = asyncio.iscoroutine
 
 # A slot that keeps finding full batches lets others have the loop after so many.
 cdef int TURN_BUDGET = 16
@@ -122,7 +127,7 @@ cdef class Batch:
         self.items = None
         pump = self.owner._pump(items, self.slot.number, self.owner._state, self.owner._cancellation)
         # An awaitable that is no coroutine (a future, say) is awaited by one.
-        self.pump = pump if asyncio.iscoroutine(pump) else _as_coroutine(pump)
+        self.pump = pump if PyCoro_CheckExact(pump) or _iscoroutine(pump) else _as_coroutine(pump)
         return 0
 
     cdef int end(self, object outcome, object error) except -1:
@@ -307,7 +312,7 @@ cdef class Pumping:
         slot.batches += 1
         self._batches.add(batch)
         self._task_options["context"] = self._context.copy()
-        batch.task = PyObject_Call(asyncio.Task, (batch,), self._task_options)
+        batch.task = PyObject_Call(_Task, (batch,), self._task_options)
         if batch.ended:
             batch.task = None
         return True
