@@ -104,7 +104,7 @@ def row_of(entry: dict[str, Any]) -> Row:
     stats, items = entry["stats"], entry["extra_info"]["items"]
     return Row(
         group=entry["group"],
-        label=label_of(entry["name"], entry["param"]),
+        label=label_of(entry["name"], entry["param"], entry["group"]),
         nanoseconds=stats["median"] / items * 1e9,
         spread=stats["iqr"] / stats["median"],
         rounds=stats["rounds"],
@@ -113,9 +113,9 @@ def row_of(entry: dict[str, Any]) -> Row:
     )
 
 
-def label_of(name: str, param: str | None) -> str:
-    """The parameter where it is a name, else the test's own."""
-    if param is not None and not param.replace(".", "").isdigit():
+def label_of(name: str, param: str | None, group: str) -> str:
+    """The parameter where it is a row's name, not a size or the group; else the test's own."""
+    if param is not None and param != group and not param.replace(".", "").isdigit():
         return param
     return name.partition("[")[0].removeprefix("test_").removeprefix("bench_").replace("_", " ")
 

@@ -1,7 +1,8 @@
-"""The judge of the figures in bench/."""
+"""The judge of the figures in bench/, and how their rows are called."""
 
 import pytest
 
+from bench.__main__ import label_of
 from bench.goals import is_met
 
 ROWS = {"ours push": 20.0, "deque append": 8.0, "plain python mpcc": 100.0, "janus": 900.0, "msgspec": 30.0}
@@ -32,3 +33,16 @@ ROWS = {"ours push": 20.0, "deque append": 8.0, "plain python mpcc": 100.0, "jan
 )
 def test_goals_are_judged(goal: str, met: bool | None) -> None:
     assert is_met(goal, 20.0, ROWS) is met
+
+
+@pytest.mark.parametrize(
+    ("name", "param", "label"),
+    [
+        ("test_deque_append", None, "deque append"),
+        ("test_ours_mpcc[500]", "500", "ours mpcc"),
+        ("test_encode[ours, fresh]", "ours, fresh", "ours, fresh"),
+        ("test_asyncio_queue_pair[the group]", "the group", "asyncio queue pair"),
+    ],
+)
+def test_rows_have_names(name: str, param: str | None, label: str) -> None:
+    assert label_of(name, param, "the group") == label
