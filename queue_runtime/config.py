@@ -116,6 +116,8 @@ class ProviderConfig:
 
         Raises ConfigurationError for a name that is no field, and whatever the constructor raises.
         """
+        if not isinstance(settings, Mapping):
+            raise ConfigurationError("settings", f"must be a mapping of names to values, not {type(settings).__name__}")
         hints = typing.get_type_hints(cls)
         fields = {field.name for field in dataclasses.fields(cls)}
         values = {}
@@ -212,13 +214,21 @@ def config_from_url(url: str) -> ProviderConfig:
     """
     if not isinstance(url, str):
         raise ConfigurationError("provider", f"must be a URL or a configuration, not {type(url).__name__}")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError:
+        raise ConfigurationError("provider", "is no URL; use SCHEME://NAME?setting=value&...") from None
     if parts.scheme != InMemoryConfig.scheme:
         raise ConfigurationError("provider", f"unknown scheme {parts.scheme!r}; use memory:// or memory://NAME")
     if parts.path not in ("", "/") or parts.fragment or "@" in parts.netloc:
         raise ConfigurationError("provider", "a memory URL is memory://NAME?setting=value, with nothing else in it")
-    settings: dict[str, Any] = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-    return InMemoryConfig.from_mapping({"name": parts.netloc, **settings})
+    settings: dict[str, Any] = {"name": parts.netloc} if parts.netloc else {}
+    for name, value in query:
+        if name in settings:
+            raise ConfigurationError(name, "is given twice")
+        settings[name] = value
+    return InMemoryConfig.from_mapping(settings)
 
 
 def _parsed(name: str, text: str, hint: Any) -> Any:
