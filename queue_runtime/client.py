@@ -170,7 +170,9 @@ class QueueClient:
 
     async def receive_message(self, queue_name: str, timeout: Seconds = 20.0) -> ReceivedMessage | None:
         """Return the next message, or None after ``timeout`` seconds."""
-        messages = await self.receive_messages(queue_name, 1, timeout)
+        _check_queue_name(queue_name)
+        lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes)
+        messages = await self.receive_on(lane, 1, timeout)
         return messages[0] if messages else None
 
     async def receive_deferred_messages(
@@ -198,7 +200,7 @@ class QueueClient:
 
     async def complete_message(self, message: Settleable) -> None:
         """Remove the message for good [C11]. Raises InvalidReceiptError when the right to settle it is gone."""
-        await self._settle_one(message, COMPLETE)
+        _raise(await self.settle(_receipt(message), COMPLETE))
 
     async def complete_messages(self, messages: Iterable[Settleable]) -> None:
         """Remove many for good. Raises BatchSettleError with an outcome for each when some could not be [C22]."""
@@ -206,7 +208,7 @@ class QueueClient:
 
     async def abandon_message(self, message: Settleable, delay: Seconds = 0.0) -> None:
         """Make the message visible again, at once or after ``delay`` seconds [C12]."""
-        await self._settle_one(message, self._abandonment(delay))
+        _raise(await self.settle(_receipt(message), self._abandonment(delay)))
 
     async def abandon_messages(self, messages: Iterable[Settleable], delay: Seconds = 0.0) -> None:
         """Make many visible again. Raises BatchSettleError with an outcome for each when some could not be."""
@@ -216,12 +218,13 @@ class QueueClient:
         """Move the message to the dead-letter queue, with the reason and the description [C15]."""
         if not isinstance(reason, str) or not reason:
             raise ValidationError("reason", "must be a non-empty text")
-        await self._settle_one(message, Disposition(Action.DEAD_LETTER, reason=reason, description=description))
+        disposition = Disposition(Action.DEAD_LETTER, reason=reason, description=description)
+        _raise(await self.settle(_receipt(message), disposition))
 
     async def defer_message(self, message: Settleable) -> None:
         """Set the message aside; ``receive_deferred_messages`` gets it by its sequence number."""
         self.require("defer")
-        await self._settle_one(message, DEFER)
+        _raise(await self.settle(_receipt(message), DEFER))
 
     async def renew_lock(self, message: Settleable) -> datetime:
         """Extend the lock by its full duration; return its new end [C21]. Raises InvalidReceiptError."""
@@ -344,7 +347,11 @@ class QueueClient:
         lane = self._lanes.get(receipt.receiver_id)
         if lane is None:
             return self._no_lane(receipt)
-        return (await self._settle_on(lane, disposition, (receipt,)))[0]
+        receipts = (receipt,)
+        outcome = (await lane.settle(disposition, receipts))[0]
+        if self._renewer is not None and (outcome is None or not outcome.is_transient):
+            self._renewer.forget(receipt.receiver_id, receipts)
+        return outcome
 
     def settle_soon(
         self, receipt: Receipt, disposition: Disposition, done: Callable[[Outcome], None]
@@ -393,11 +400,6 @@ class QueueClient:
                 receipts = [receipt for receipt, outcome in pairs if outcome is None or not outcome.is_transient]
             self._renewer.forget(lane.receiver.id, receipts)
         return outcomes
-
-    async def _settle_one(self, message: Settleable, disposition: Disposition) -> None:
-        outcome = await self.settle(_receipt(message), disposition)
-        if outcome is not None:
-            raise outcome
 
     async def _settle_many(self, messages: Iterable[Settleable], disposition: Disposition) -> None:
         receipts = [_receipt(message) for message in messages]
@@ -463,6 +465,11 @@ class QueueClient:
 
 
 _GONE = "its receiver is not open in this client"
+
+
+def _raise(outcome: Outcome) -> None:
+    if outcome is not None:
+        raise outcome
 
 
 def _check_queue_name(queue_name: object) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from time import monotonic as _monotonic, time as _time
 from typing import Protocol
 
 
@@ -38,11 +38,9 @@ class SystemClock:
 
     __slots__ = ()
 
-    def time(self) -> float:
-        return time.time()
-
-    def monotonic(self) -> float:
-        return time.monotonic()
+    # The functions themselves: they are asked several times for each message.
+    time = staticmethod(_time)
+    monotonic = staticmethod(_monotonic)
 
     def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
         return asyncio.get_running_loop().call_later(delay, callback)

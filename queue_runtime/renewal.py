@@ -26,6 +26,9 @@ RENEW_AFTER = 0.5
 TOGETHER = 0.1
 """Locks that fall due within this share of the lock's duration are renewed in the same call."""
 
+SAME = 0.005
+"""Messages received within this share of the lock's duration are treated as received together with the first."""
+
 LostCallback = Callable[[int, Sequence[Receipt], QueueRuntimeError | None], None]
 """Told (receiver_id, receipts, error) when locks were lost; without an error, they were renewed for long enough."""
 
@@ -46,9 +49,13 @@ class _Watch:
     """What is watched of one receiver."""
 
     receiver: Receiver
+    lock_duration: float
     held: dict[Receipt, _Term] = field(default_factory=dict)
     session: SessionReceiver | None = None
     session_due: float = 0.0
+    latest: _Term | None = None
+    latest_until: float = 0.0
+    """Until when what is received shares the latest term."""
     due: float | None = None
     """The time of its valid entry in the heap, None when it has none."""
     task: asyncio.Task[None] | None = None
@@ -84,16 +91,21 @@ class LockRenewer:
         """Renew the locks of these receipts from now on."""
         watch = self._watches.get(receiver.id)
         if watch is None:
-            watch = self._watches[receiver.id] = _Watch(receiver)
+            watch = self._watches[receiver.id] = _Watch(receiver, receiver.lock_duration)
         now = self._clock.monotonic()
-        term = self._term(receiver.lock_duration, now, now + self._max_renewal)
-        watch.held.update(dict.fromkeys(receipts, term))
+        term = watch.latest
+        if term is None or now >= watch.latest_until:
+            term = watch.latest = self._term(watch.lock_duration, now, now + self._max_renewal)
+            watch.latest_until = now + watch.lock_duration * SAME
+        held = watch.held
+        for receipt in receipts:
+            held[receipt] = term
         if watch.task is None and (watch.due is None or term.renew_at < watch.due):
             self._schedule(watch, term.renew_at)
 
     def watch_session(self, receiver: SessionReceiver) -> None:
         """Renew the lock of this session until it is dropped."""
-        watch = self._watches[receiver.id] = _Watch(receiver, session=receiver)
+        watch = self._watches[receiver.id] = _Watch(receiver, receiver.lock_duration, session=receiver)
         watch.session_due = self._next_session_renewal(receiver)
         self._schedule(watch, watch.session_due)
 
@@ -127,7 +139,7 @@ class LockRenewer:
         renew_at, ends_at = now + lock_duration * RENEW_AFTER, now + lock_duration
         if renew_at < give_up_at:
             return _Term(renew_at, ends_at, give_up_at)
-        return _Term(ends_at, ends_at, give_up_at, is_last=True)
+        return _Term(ends_at, ends_at, give_up_at, True)
 
     def _next_session_renewal(self, session: SessionReceiver) -> float:
         left = session.locked_until - self._clock.time()
@@ -199,7 +211,7 @@ class LockRenewer:
         return True
 
     async def _renew_messages(self, watch: _Watch) -> None:
-        duration = watch.receiver.lock_duration
+        duration = watch.lock_duration
         now = self._clock.monotonic()
         horizon = now + duration * TOGETHER
         over = [receipt for receipt, term in watch.held.items() if term.is_last and term.renew_at <= now]
