@@ -80,6 +80,8 @@ class QueueClient:
         self.config = provider if isinstance(provider, ProviderConfig) else config_from_url(provider)
         if session_key_source not in ("attributes", "body"):
             raise ConfigurationError("session_key_source", f"must be attributes or body, not {session_key_source!r}")
+        if session_key is not None and not callable(getattr(session_key, "key", None)):
+            raise ConfigurationError("session_key", f"must be a strategy such as FieldKey, not {session_key!r}")
         self._session_key = session_key
         self._session_key_source: Literal["attributes", "body"] = session_key_source
         self.clock: Clock = SystemClock() if clock is None else clock
@@ -181,6 +183,8 @@ class QueueClient:
         """Lock and return deferred messages by their sequence numbers, leaving out those that are not there."""
         self.require("defer")
         _check_queue_name(queue_name)
+        for number in sequence_numbers:
+            _check_sequence_number("sequence_numbers", number)
         lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes)
         messages = await lane.receiver.receive_deferred(sequence_numbers)
         self._watch(lane, messages)
@@ -194,6 +198,7 @@ class QueueClient:
         self.require("peek")
         _check_queue_name(queue_name)
         _check_count("max_count", max_count)
+        _check_sequence_number("from_sequence_number", from_sequence_number)
         return await self._provider.peek(queue_name, max_count, from_sequence_number=from_sequence_number)
 
     # Settling.
@@ -218,6 +223,8 @@ class QueueClient:
         """Move the message to the dead-letter queue, with the reason and the description [C15]."""
         if not isinstance(reason, str) or not reason:
             raise ValidationError("reason", "must be a non-empty text")
+        if description is not None and not isinstance(description, str):
+            raise ValidationError("description", f"must be a text or None, not {type(description).__name__}")
         disposition = Disposition(Action.DEAD_LETTER, reason=reason, description=description)
         _raise(await self.settle(_receipt(message), disposition))
 
@@ -262,7 +269,7 @@ class QueueClient:
         receiver = await self._provider.accept_session(queue_name, session_id, wait_seconds("timeout", timeout))
         if receiver is None:
             return None
-        lane = self._add_lane(receiver)
+        lane = await self._add_lane(receiver)
         if self._renewer is not None:
             self._renewer.watch_session(receiver)
         return Session(self, lane, receiver)
@@ -294,11 +301,13 @@ class QueueClient:
         if self._closed:
             return
         self._closed = True
-        if self._renewer is not None:
-            await self._renewer.close()
-        await self._settler.close()
-        self._lanes.clear()
-        await self._provider.close()
+        try:
+            if self._renewer is not None:
+                await self._renewer.close()
+            await self._settler.close()
+        finally:
+            self._lanes.clear()
+            await self._provider.close()
 
     # Within the package.
 
@@ -338,6 +347,7 @@ class QueueClient:
         self._check_open()
         self.require("peek")
         _check_count("max_count", max_count)
+        _check_sequence_number("from_sequence_number", from_sequence_number)
         return await self._provider.peek(
             queue_name, max_count, from_sequence_number=from_sequence_number, dead_letter=True
         )
@@ -446,12 +456,15 @@ class QueueClient:
         async with self._opening:
             if queue_name not in lanes:
                 dead_letter = lanes is self._dead_letter_lanes
-                lanes[queue_name] = self._add_lane(
+                lanes[queue_name] = await self._add_lane(
                     await self._provider.open_receiver(queue_name, dead_letter=dead_letter)
                 )
             return lanes[queue_name]
 
-    def _add_lane(self, receiver: Receiver) -> Lane:
+    async def _add_lane(self, receiver: Receiver) -> Lane:
+        if self._closed:  # while the receiver was being opened
+            await receiver.close()
+            raise ClosedError("the client is closed")
         lane = self._lanes[receiver.id] = self._settler.open_lane(receiver)
         return lane
 
@@ -484,6 +497,11 @@ _valid_queue_name = functools.lru_cache(maxsize=1024)(QueueName)
 def _check_count(field: str, count: object) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
         raise ValidationError(field, f"must be a whole number from 1 to {MAX_COUNT}, not {count!r}")
+
+
+def _check_sequence_number(field: str, number: object) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ValidationError(field, f"must be a whole number, 0 or more, not {number!r}")
 
 
 def _receipt(message: object) -> Receipt:
