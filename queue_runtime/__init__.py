@@ -7,6 +7,11 @@ only the envelope or the batch sizer does not load asyncio.
 
 from importlib import import_module
 
+try:
+    import queue_runtime._core.batch  # noqa: F401 - the lightest of the compiled modules
+except ModuleNotFoundError as error:
+    raise ImportError("queue_runtime is not compiled here: run `pip install --editable .` in its checkout") from error
+
 _HOME = {
     "Action": "providers.base",
     "AdaptiveBatchSizer": "_core.batch",
