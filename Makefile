@@ -23,7 +23,7 @@ test: $(VENV)/built $(VENV)/tools
 	$(PY) -m pytest
 
 bench: $(VENV)/built $(VENV)/tools
-	$(PY) -m bench
+	$(PY) -m bench $(ONLY)
 
 lint: $(VENV)/built $(VENV)/tools
 	$(PY) -m ruff check .
