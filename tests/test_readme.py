@@ -45,10 +45,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_run_output_is_that_of_the_command() -> None:
     """Its shape, that is: ids and times differ from run to run."""
     (shown,) = [block for block in blocks("console") if "send to settled" in block]
+    command = "run webhooks:handle --provider memory:// --queue webhooks --feed webhooks.jsonl --session-key"
     done = subprocess.run(
-        [sys.executable, "-m", "queue_runtime", "run", "webhooks:handle", "--provider", "memory://"]
-        + ["--queue", "webhooks", "--feed", "webhooks.jsonl"]
-        + ["--session-key", "repository.full_name,pull_request.number"],
+        [sys.executable, "-m", "queue_runtime", *command.split(), "repository.full_name,pull_request.number"],
         cwd=ROOT / "examples",
         capture_output=True,
         text=True,
