@@ -13,6 +13,7 @@ from queue_runtime.client import QueueClient
 from queue_runtime.clock import ManualClock, settle_tasks
 from queue_runtime.config import InMemoryConfig
 from queue_runtime.errors import (
+    BatchSettleError,
     ConnectionFailedError,
     InvalidReceiptError,
     QueueRuntimeError,
@@ -429,7 +430,10 @@ async def test_no_watched_lock_ever_ends(steps: list[tuple[str, int]]) -> None:
     assert pending(clock) == 0
 
 
-async def test_the_client_keeps_the_lock_of_what_failed_for_a_passing_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("many", [False, True])
+async def test_the_client_keeps_the_lock_of_what_failed_for_a_passing_reason(
+    monkeypatch: pytest.MonkeyPatch, many: bool
+) -> None:
     """It may be settled again; settled for good it is renewed no more."""
     clock = ManualClock()
     recorder = wrap(monkeypatch)
@@ -438,8 +442,8 @@ async def test_the_client_keeps_the_lock_of_what_failed_for_a_passing_reason(mon
         message = await client.receive_message("q", 0)
         assert message is not None
         recorder.settle_faults.append(fail(ServiceUnavailableError("busy")))
-        with pytest.raises(ServiceUnavailableError):
-            await client.complete_message(message)
+        with pytest.raises(BatchSettleError if many else ServiceUnavailableError):
+            await (client.complete_messages([message]) if many else client.complete_message(message))
         await clock.advance(100)
         renewals = len(recorder.renewed)
         assert renewals > 3

@@ -174,6 +174,28 @@ class TestMemoryAlone:
         assert arrived == [b"0", b"1", b"2", b"4", b"5"]
         await asyncio.wait(senders)
 
+    async def test_nobody_passes_a_sender_that_waits(self, harness: MemoryHarness) -> None:
+        """[C39] Not even one that comes when there is room again, before the waiting one has run."""
+        client = harness.client(capacity=1, on_full="wait")
+        place = Place(client, "q")
+        await harness.send(place, b"0")
+        first = asyncio.create_task(harness.send(place, b"1"))
+        await turns(5)
+        received = await harness.take_one(place)
+
+        async def make_room_and_take_it() -> None:
+            await client.complete_message(received)
+            await harness.send(place, b"2")
+
+        second = asyncio.create_task(make_room_and_take_it())
+        await first
+        for expected in (b"1", b"2"):
+            message = await harness.take_one(place)
+            assert message.body == expected
+            await client.complete_message(message)
+            await turns(5)
+        await second
+
     async def test_names_share_queues(self, harness: MemoryHarness) -> None:
         one = harness.client()
         two = await harness.another(Place(one, "q"))
