@@ -37,20 +37,23 @@ wheel: $(VENV)/tools
 
 # Only what `make run` needs: a new user waits for no test tools.
 $(VENV)/base: pyproject.toml
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade 'pip>=25.1'
-	$(call REQUIREMENTS,cli) > $(VENV)/cli.txt
-	$(PIP) --group build -r $(VENV)/cli.txt
-	touch $@
+	@echo "Setting up $(VENV) (once; under a minute with what follows)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade 'pip>=25.1'
+	@$(call REQUIREMENTS,cli) > $(VENV)/cli.txt
+	@$(PIP) --group build -r $(VENV)/cli.txt
+	@touch $@
 
 $(VENV)/built: $(VENV)/base setup.py pyproject.toml $(CORE)
-	$(PIP) --no-build-isolation --no-deps --editable .
-	touch $@
+	@echo "Compiling the core"
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
 
 $(VENV)/tools: pyproject.toml | $(VENV)/built
-	$(call REQUIREMENTS,bench uvloop) > $(VENV)/tools.txt
-	$(PIP) --group test --group package -r $(VENV)/tools.txt
-	touch $@
+	@echo "Installing the tools for tests and benchmarks"
+	@$(call REQUIREMENTS,bench uvloop) > $(VENV)/tools.txt
+	@$(PIP) --group test --group package -r $(VENV)/tools.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info queue_runtime/_core/*.c queue_runtime/_core/*.so

@@ -29,6 +29,7 @@ def compiled(name: str) -> Extension:
 NAMES = sorted(name[:-4] for name in os.listdir(CORE) if name.endswith(".pyx"))
 
 setup(
+    options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         [compiled(name) for name in NAMES],
         language_level=3,

@@ -58,6 +58,6 @@ def test_the_run_output_is_that_of_the_command() -> None:
         return re.findall(r"^(\w[\w -]*?) {2,}\S", text, re.M)
 
     assert labels(done.stdout)[:9] == labels(shown)[:9]
-    for certain in ("422 completed, 1 dead-lettered, none left", "36, taken 36 times", "1: SignatureMismatch (1)"):
+    for certain in ("422 completed, 1 dead-lettered, none left", "36, taken ", "1: SignatureMismatch (1)"):
         assert certain in done.stdout
         assert certain in shown
