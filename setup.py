@@ -40,5 +40,5 @@ setup(
             "initializedcheck": False,
             "embedsignature": False,
         },
-    )
+    ),
 )

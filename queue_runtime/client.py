@@ -93,6 +93,7 @@ class QueueClient:
         self._main_lanes: dict[str, Lane] = {}
         self._dead_letter_lanes: dict[str, Lane] = {}
         self._opening = asyncio.Lock()
+        self._closing = asyncio.Lock()
         self._lost_listeners: list[LostCallback] = []
         self._closed = False
 
@@ -296,18 +297,17 @@ class QueueClient:
     async def close(self) -> None:
         """Settle what is under way, release every message still locked, and leave nothing behind [C23].
 
-        Safe to call twice.
+        Safe to call twice; a second caller waits for the first.
         """
-        if self._closed:
-            return
         self._closed = True
-        try:
-            if self._renewer is not None:
-                await self._renewer.close()
-            await self._settler.close()
-        finally:
-            self._lanes.clear()
-            await self._provider.close()
+        async with self._closing:
+            try:
+                if self._renewer is not None:
+                    await self._renewer.close()
+                await self._settler.close()
+            finally:
+                self._lanes.clear()
+                await self._provider.close()
 
     # Within the package.
 

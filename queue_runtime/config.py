@@ -137,7 +137,8 @@ class InMemoryConfig(ProviderConfig):
     Parameters
     ----------
     name:
-        Clients of one process that give the same name share their queues; an empty name shares with nobody.
+        Clients of one process that give the same name share their queues, for as long as one of them is open; an
+        empty name shares with nobody.
     capacity:
         Messages that one queue holds at most, in whatever state; its dead letters are counted apart,
         with the same bound.

@@ -378,7 +378,10 @@ async def test_two_closes_at_once(client: QueueClient) -> None:
     message = await one(client)
     task = asyncio.create_task(client.complete_message(message))
     await asyncio.sleep(0)
-    await asyncio.gather(client.close(), client.close())
+    first = asyncio.create_task(client.close())
+    await asyncio.sleep(0)
+    await client.close()
+    assert first.done(), "the second waits for the first"
     assert task.done()
     await task
     await client.close()

@@ -195,6 +195,8 @@ class _Broker:
         self.config = config
         self.clock = clock
         self.queues: dict[str, _Queue] = {}
+        self.users = 0
+        """Providers that are open."""
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def create(self, queue_name: str) -> _Queue:
@@ -240,7 +242,7 @@ class InMemoryProvider:
     Parameters
     ----------
     config:
-        Where it has a ``name``, all providers of that name share their queues for as long as one of them exists;
+        Where it has a ``name``, all providers of that name share their queues for as long as one of them is open;
         they must agree in the settings of the queues.
     clock:
         The time; a ``ManualClock`` in tests.
@@ -255,6 +257,7 @@ class InMemoryProvider:
         self._config = config
         self._clock = clock
         self._broker = _broker_for(config, clock)
+        self._broker.users += 1
         self._receivers: set[InMemoryReceiver] = set()
         self._waits: set[asyncio.Future[None]] = set()
         self._closed = False
@@ -373,7 +376,11 @@ class InMemoryProvider:
 
     async def close(self) -> None:
         """Release all that the provider's receivers hold, and end what waits. Safe to call twice."""
-        self._closed = True
+        if not self._closed:
+            self._closed = True
+            self._broker.users -= 1
+            if not self._broker.users:
+                _shared.pop(self._config.name, None)
         for receiver in list(self._receivers):
             await receiver.close()
         for future in self._waits:

@@ -335,6 +335,22 @@ async def test_clients_of_one_name_share_their_queues_and_others_do_not(clock: M
     await two.close()
 
 
+async def test_a_name_is_forgotten_when_its_last_provider_closes(clock: ManualClock) -> None:
+    config = InMemoryConfig(name="counted")
+    one, two = InMemoryProvider(config, clock=clock), InMemoryProvider(config, clock=clock)
+    await one.send("q", numbered(1))
+    await one.close()
+    await one.close()
+    three = InMemoryProvider(config, clock=clock)
+    assert (await three.counts("q")).active == 1, "two is open still"
+    await two.close()
+    await three.close()
+    four = InMemoryProvider(config, clock=clock)
+    assert (await four.counts("q")).active == 0, "although the first ones are still referred to"
+    await one.close()
+    assert InMemoryProvider(config, clock=clock)._broker is four._broker
+
+
 def test_a_name_is_forgotten_with_its_last_provider(clock: ManualClock) -> None:
     one = InMemoryProvider(InMemoryConfig(name="weak"), clock=clock)
     broker = weakref.ref(one._broker)
