@@ -10,6 +10,7 @@ class ModelSlot:
         self.waiting: list[Any] = []
         self.running: list[list[Any]] = []
         self.due = 0  # so many of the waiting go out without a full batch
+        self.may_be_early = False  # one short batch: items have no times, see "Time" in _core/README.md
 
 
 class ModelMPCC:
@@ -49,6 +50,15 @@ class ModelMPCC:
     def interval_passes(self) -> None:
         for slot in self.slots:
             slot.due = len(slot.waiting)
+            slot.may_be_early = bool(slot.waiting) and len(slot.running) == self.max_concurrency
+
+    def take_early(self, number: int) -> None:
+        """Begin the one short batch that may go out early: what came while overdue items waited for a pump."""
+        slot = self.slots[number]
+        if slot.may_be_early and slot.waiting and len(slot.running) < self.max_concurrency:
+            slot.may_be_early = False
+            slot.due = len(slot.waiting)
+            self.look()
 
     def look(self) -> None:
         """What the loop does when it gets its turn."""
@@ -62,6 +72,7 @@ class ModelMPCC:
                 slot.due -= len(batch)
                 slot.running.append(batch)
                 self.begun[number].append(batch)
+            slot.may_be_early = slot.may_be_early and bool(slot.waiting)
 
     def end(self, number: int, which: int) -> None:
         self.slots[number].running.pop(which)

@@ -133,6 +133,9 @@ class Twins(RuleBasedStateMachine):
     def alike(self) -> None:
         if not getattr(self, "settled", False):
             return
+        for number in range(self.slots):
+            if len(self.begun[number]) > len(self.model.begun[number]):
+                self.model.take_early(number)
         assert self.begun == self.model.begun
         for number, slot in enumerate(self.model.slots):
             stats = self.real.stats(number)
