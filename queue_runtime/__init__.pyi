@@ -1,5 +1,6 @@
 from queue_runtime._core.batch import (
     AdaptiveBatchSizer as AdaptiveBatchSizer,
+    BatchRecord as BatchRecord,
 )
 from queue_runtime._core.envelope import (
     decode_envelope as decode_envelope,
@@ -11,6 +12,7 @@ from queue_runtime._core.mpcc import (
     MultiProducerConcurrentConsumer as MultiProducerConcurrentConsumer,
 )
 from queue_runtime._core.outcome import (
+    Cancellation as Cancellation,
     MPCCStats as MPCCStats,
 )
 from queue_runtime.client import (
@@ -100,9 +102,11 @@ __all__ = [
     "AlreadyStartedError",
     "AuthenticationFailedError",
     "BatchError",
+    "BatchRecord",
     "BatchSendError",
     "BatchSettleError",
     "BatchTooLargeError",
+    "Cancellation",
     "Capabilities",
     "CapabilityError",
     "CircuitOpenError",
