@@ -46,6 +46,13 @@ from datetime import datetime
 from typing import Any
 
 
+def shown(value: object) -> str:
+    """How an error's text shows a bad value: its ``repr``, but for an int that Python might refuse to print."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an int of {value.bit_length()} bits"
+    return repr(value)
+
+
 def _restore(cls: type[QueueRuntimeError], args: tuple[Any, ...], state: dict[str, Any]) -> QueueRuntimeError:
     error = cls.__new__(cls, *args)
     error.__dict__.update(state)
@@ -180,7 +187,7 @@ class SlotOutOfRangeError(ValidationError, IndexError):
     """A slot number outside 0..N-1."""
 
     def __init__(self, slot_number: int, number_of_slots: int) -> None:
-        super().__init__("slot_number", f"{slot_number} is outside 0..{number_of_slots - 1}")
+        super().__init__("slot_number", f"{shown(slot_number)} is outside 0..{number_of_slots - 1}")
         self.slot_number = slot_number
         self.number_of_slots = number_of_slots
 

@@ -20,13 +20,15 @@ from libc.math cimport INFINITY
 from queue_runtime._core.outcome cimport Cancellation, resolve
 from queue_runtime._core.pumping cimport CLOSING, COMPLETED, NEW, RUNNING, Pumping
 from queue_runtime._core.ring cimport (
-    QR_DONE, QR_FULL, QR_SHUT, QR_WAKE, qr_answer, qr_bell_new, qr_ring, qr_ring_close, qr_ring_head, qr_ring_push,
-    qr_ring_tail,
+    QR_DONE, QR_FULL, QR_SHUT, QR_WAKE, qr_answer, qr_bell_answer, qr_bell_new, qr_ring, qr_ring_close, qr_ring_head,
+    qr_ring_push, qr_ring_tail,
 )
 from queue_runtime._core.slot cimport Carried, Slot
 
 from queue_runtime._core.outcome import MPCCStats, log_failure
-from queue_runtime.errors import AlreadyStartedError, ClosedError, QueueFullError, SlotOutOfRangeError, ValidationError
+from queue_runtime.errors import (
+    AlreadyStartedError, ClosedError, QueueFullError, SlotOutOfRangeError, ValidationError, shown,
+)
 
 cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() noexcept
@@ -48,11 +50,12 @@ cdef enum Policy:
 cdef dict POLICIES = {"raise": RAISE, "block": BLOCK, "drop_oldest": DROP_OLDEST, "unbounded": UNBOUNDED}
 
 # Every instance, for the child of a fork, where no loop and no other thread goes on.
-_instances = weakref.WeakSet()
+# By address: a subclass may define equality.
+_instances = weakref.WeakValueDictionary()
 
 
 def _after_fork_in_child():
-    for instance in list(_instances):
+    for instance in list(_instances.values()):
         instance._forked()
 
 
@@ -62,7 +65,7 @@ if hasattr(os, "register_at_fork"):
 
 cdef Py_ssize_t _count(str field, object value, Py_ssize_t least, Py_ssize_t most) except -1:
     if type(value) is not int or not least <= value <= most:
-        raise ValidationError(field, f"{value!r} is not a whole number from {least} to {most}")
+        raise ValidationError(field, f"{shown(value)} is not a whole number from {least} to {most}")
     return value
 
 
@@ -77,7 +80,7 @@ cdef double _seconds(str field, object value, bint zero) except -1:
     except OverflowError:
         seconds = INFINITY
     if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
-        raise ValidationError(field, f"{value!r} is not a finite time {'of at least' if zero else 'above'} 0 seconds")
+        raise ValidationError(field, f"{shown(value)} is not a finite time {'of at least' if zero else 'above'} 0 seconds")
     return seconds
 
 
@@ -153,7 +156,7 @@ cdef class MultiProducerConcurrentConsumer(Pumping):
         for slot in self._slots:
             self._rings[slot.number] = slot.ring
         self._count = number
-        _instances.add(self)
+        _instances[<size_t><void *>self] = self
 
     def __class_getitem__(cls, item):
         return GenericAlias(cls, item)
@@ -418,6 +421,7 @@ cdef class MultiProducerConcurrentConsumer(Pumping):
         if self._count == 0:
             raise RuntimeError("__init__ was not called")
         loop = asyncio.get_running_loop()
+        qr_bell_answer(self._bell)  # whoever rings late may have done so on a loop that is closed now
         self._pump = pump
         self._state = state
         self._context = contextvars.copy_context()
@@ -442,7 +446,7 @@ cdef class MultiProducerConcurrentConsumer(Pumping):
         self._phase = RUNNING
         for slot in self._slots:
             slot.open()
-        loop.call_soon(self._look_at_all, context=self._context)
+        loop.call_soon(self._look_at_all, loop, context=self._context)
 
     async def complete(self, drain=True, timeout=None):
         """Stop: refuse pushes, wait for the pumps that run, and hand what is left to the pump or give it back.
@@ -471,6 +475,8 @@ cdef class MultiProducerConcurrentConsumer(Pumping):
         loop = asyncio.get_running_loop()
         if self._is_forked:
             raise self.closed()
+        if self._count == 0:
+            raise RuntimeError("__init__ was not called")
         if self._phase == NEW or self._phase == COMPLETED:
             self._left = {}
             return self.abandon()
@@ -485,7 +491,7 @@ cdef class MultiProducerConcurrentConsumer(Pumping):
                 slot.close()
         if not drain:
             self._discarding = True
-        loop.call_soon(self._look_at_all, context=self._context)
+        loop.call_soon(self._look_at_all, loop, context=self._context)
         timer = None if limit is None else loop.call_later(limit, self._expire)
         try:
             # Shielded: other callers wait for it too.

@@ -66,6 +66,7 @@ cdef class Pumping:
     cdef object _finish
 
     cdef int call(self, Slot slot) except -1
+    cdef int ring(self, Slot slot) except -1
     cdef int post(self) except -1
     cdef double now(self) except? -1
     cdef int look(self, Slot slot) except -1
@@ -73,6 +74,7 @@ cdef class Pumping:
     cdef int set_mark(self, Slot slot) except -1
     cdef int come_back(self, Slot slot, double when) except -1
     cdef bint hand_out(self, Slot slot) except -1
+    cdef int take_back(self, Batch batch) except -1
     cdef int batch_ended(self, Batch batch, object outcome, object error) except -1
     cdef int settle(self, Batch batch, object outcome, object error) except -1
     cdef int leave(self, Slot slot) except -1

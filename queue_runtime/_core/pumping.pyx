@@ -75,6 +75,8 @@ cdef class Batch:
         cdef PyObject *step = NULL
         cdef PySendResult answer
         cdef object value
+        if self.ended:  # what it held has its outcome, or is back in the slot
+            raise StopIteration
         try:
             if self.pump is None:
                 self.begin()
@@ -94,11 +96,11 @@ cdef class Batch:
     def send(self, value):
         return self.__next__()
 
-    def throw(self, *exception):
+    def throw(self, exception, *rest):
         try:
             if self.pump is not None:
-                return self.pump.throw(*exception)
-            raise exception[0]
+                return self.pump.throw(exception, *rest)
+            raise exception
         except StopIteration as stop:
             self.end(stop.value, None)
             raise StopIteration
@@ -156,6 +158,18 @@ cdef class Pumping:
 
     cdef int call(self, Slot slot) except -1:
         """Have the loop look at a slot. Any thread; at most one call is under way."""
+        try:
+            self.ring(slot)
+        except ClosedError:
+            raise
+        except BaseException:
+            # A signal's handler raised inside the loop's own code. The claim that reached the watermark is the only
+            # one that rings: without this the slot would sleep for ever.
+            self.ring(slot)
+            raise
+        return 0
+
+    cdef int ring(self, Slot slot) except -1:
         time = self._time
         if slot.idle and time is not None:
             slot.rung_at = time()
@@ -170,23 +184,30 @@ cdef class Pumping:
             return 0
         try:
             if PyThread_get_thread_ident() == self._thread:
-                loop.call_soon(self._answer, context=self._context)
+                loop.call_soon(self._answer, loop, context=self._context)
             else:
-                loop.call_soon_threadsafe(self._answer, context=self._context)
+                loop.call_soon_threadsafe(self._answer, loop, context=self._context)
         except RuntimeError as error:
             qr_bell_answer(self._bell)
             raise ClosedError("the event loop of this consumer is closed; await complete() on another one, "
                               "which returns what is left") from error
+        except BaseException:
+            qr_bell_answer(self._bell)
+            raise
         self._wakes += 1
         return 0
 
-    def _look_at_all(self):
+    def _look_at_all(self, loop):
+        if loop is not self._loop:
+            return
         for slot in self._slots:
             self.look(slot)
 
-    def _answer(self):
+    def _answer(self, loop):
         cdef uint64_t word, bits
         cdef Py_ssize_t number
+        if loop is None or loop is not self._loop:  # late, on the loop of an earlier start
+            return
         self._thread = PyThread_get_thread_ident()  # a loop may have moved to another thread
         qr_bell_answer(self._bell)
         for word in range(self._bell.words):
@@ -208,6 +229,12 @@ cdef class Pumping:
         slot.in_service = True
         try:
             self.serve(slot)
+        except BaseException:
+            # Out of a pump that starts eagerly (SystemExit, say), or out of the loop's own code. The loop may go on,
+            # and nothing else would bring it back here, or to the slots that this turn had yet to look at.
+            if self._loop is not None:
+                self._loop.call_soon(self._look_at_all, self._loop, context=self._context)
+            raise
         finally:
             slot.in_service = False
         return 0
@@ -304,18 +331,36 @@ cdef class Pumping:
         count = len(batch.cells)
         if count == 0:
             return False
-        batch.items = _items_of(batch.cells) if slot.carries else batch.cells[:]
         batch.owner = self
         batch.slot = slot
         slot.active += 1
         slot.in_flight += count
         slot.batches += 1
         self._batches.add(batch)
-        self._task_options["context"] = self._context.copy()
-        batch.task = PyObject_Call(_Task, (batch,), self._task_options)
+        try:
+            slot.let_go()
+            batch.items = _items_of(batch.cells) if slot.carries else batch.cells[:]
+            self._task_options["context"] = self._context.copy()
+            batch.task = PyObject_Call(_Task, (batch,), self._task_options)
+        except BaseException:
+            if not batch.ended and batch.pump is None:
+                self.take_back(batch)
+            raise
         if batch.ended:
             batch.task = None
         return True
+
+    cdef int take_back(self, Batch batch) except -1:
+        """Undo the start of a batch that no pump has seen; its task, if there is one, finds it ended."""
+        cdef Slot slot = batch.slot
+        batch.ended = True
+        self._batches.discard(batch)
+        slot.active -= 1
+        slot.in_flight -= len(batch.cells)
+        slot.batches -= 1
+        slot.carries = True
+        slot.put_back([_carried_of(batch, i) for i in range(len(batch.cells))])
+        return 0
 
     cdef int batch_ended(self, Batch batch, object outcome, object error) except -1:
         cdef Slot slot = batch.slot
@@ -324,33 +369,46 @@ cdef class Pumping:
         slot.in_flight -= len(cells)
         self._batches.discard(batch)
         batch.task = None
-        if outcome is None and error is None and not slot.carries:
-            slot.delivered += len(cells)
-        else:
-            self.settle(batch, outcome, error)
-        self.look(slot)
+        try:
+            if outcome is None and error is None and not slot.carries:
+                slot.delivered += len(cells)
+            else:
+                self.settle(batch, outcome, error)
+        finally:
+            self.look(slot)
         return 0
 
     cdef int settle(self, Batch batch, object outcome, object error) except -1:
         """Give every item of a batch its outcome."""
         cdef Slot slot = batch.slot
-        cdef dict failures = failures_of(outcome, error, len(batch.cells))
+        cdef dict failures
+        cdef object interrupt = None
         cdef bint cut_off = self._expired and isinstance(error, asyncio.CancelledError)
         cdef list again = [], items = [], errors = []
         cdef Carried carried
         cdef Py_ssize_t i
         cdef double longest = 0
+        if type(outcome) is list:
+            outcome = tuple(outcome)  # the pump may change its own while callbacks run
+        try:
+            failures = failures_of(outcome, error, len(batch.cells))
+        except Exception as unreadable:
+            failures = dict.fromkeys(range(len(batch.cells)), unreadable)
         for i, cell in enumerate(batch.cells):
             carried = <Carried>cell if type(cell) is Carried else None
             failure = None if failures is None else failures.get(i)
             if failure is None:
                 slot.delivered += 1
                 if carried is not None and carried.future is not None:
-                    result = outcome[i] if type(outcome) is list or type(outcome) is tuple else None
+                    result = outcome[i] if type(outcome) is tuple else None
                     resolve(carried.future, self._loop, result, None)
                 continue
             if not cut_off:
-                pause = time_to_retry(self._retry, failure, 1 if carried is None else carried.attempts + 1)
+                try:
+                    pause = time_to_retry(self._retry, failure, 1 if carried is None else carried.attempts + 1)
+                except BaseException as error_of_rule:  # SystemExit, say: out of here once every item has its outcome
+                    interrupt = error_of_rule
+                    pause = None
                 if pause is None:
                     slot.failed += 1
                     if carried is not None and carried.future is not None and not carried.future.done():
@@ -374,6 +432,8 @@ cdef class Pumping:
                 self._on_failure(slot.number, items, errors)
             except Exception:
                 logger.exception("on_failure failed for %d items of slot %d", len(items), slot.number)
+        if interrupt is not None:
+            raise interrupt
         return 0
 
     # --- ending ---
@@ -387,7 +447,7 @@ cdef class Pumping:
         for batch in list(self._batches):
             if (<Batch>batch).task is not None:
                 (<Batch>batch).task.cancel()
-        self._look_at_all()
+        self._look_at_all(self._loop)
 
     cdef int leave(self, Slot slot) except -1:
         """The end of a slot with no pump running: note what it still holds."""

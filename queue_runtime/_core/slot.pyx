@@ -114,7 +114,10 @@ cdef class Slot:
     # The consumer's.
 
     cdef list take(self, Py_ssize_t most, uint64_t *start):
-        """Up to `most` items, what was put back first; start[0] + i is the position of the i-th that was not."""
+        """Up to `most` items, what was put back first; start[0] + i is the position of the i-th that was not.
+
+        Where producers may wait for room, the caller lets them go, once it has the items in a safe place.
+        """
         cdef list ahead = None, cells
         cdef Py_ssize_t wanted, got
         if self.front:
@@ -133,8 +136,6 @@ cdef class Slot:
                 qr_ring_drain_end(self.ring)
         if got < wanted:
             PyList_SetSlice(cells, got, wanted, NULL)
-        if got > 0:
-            self.let_go()
         return cells if ahead is None else ahead + cells
 
     cdef list take_all(self):
@@ -185,7 +186,8 @@ cdef class Slot:
         with self.lock:
             self.closed = False
             qr_ring_arm(self.ring, QR_NEVER)
-            qr_ring_open(self.ring)
+            if not self.spilled:  # or else refill opens it
+                qr_ring_open(self.ring)
         return 0
 
     cdef int let_go(self) except -1:
