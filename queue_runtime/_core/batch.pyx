@@ -6,7 +6,7 @@ from collections import deque
 from datetime import timedelta
 from typing import NamedTuple
 
-from queue_runtime.errors import ValidationError
+from queue_runtime.errors import ValidationError, shown
 
 HISTORY = 50
 RECENT = 10
@@ -32,8 +32,7 @@ cdef object seconds_of(object value, str field):
     else:
         raise ValidationError(field, f"must be seconds or a timedelta, not {type(value).__name__}")
     if not 0 <= seconds <= MAX_SECONDS:  # a NaN fails too
-        shown = value if not isinstance(value, int) or value.bit_length() < 128 else "a huge number"
-        raise ValidationError(field, f"must be 0 to {MAX_SECONDS:g} seconds, not {shown}")
+        raise ValidationError(field, f"must be 0 to {MAX_SECONDS:g} seconds, not {shown(value)}")
     return float(seconds)
 
 
@@ -41,8 +40,7 @@ cdef long long count_of(object value, str field, long long least, long long most
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValidationError(field, f"must be an int, not {type(value).__name__}")
     if not least <= value <= most:
-        shown = value if value.bit_length() < 128 else "a huge number"
-        raise ValidationError(field, f"must be {least} to {most}, not {shown}")
+        raise ValidationError(field, f"must be {least} to {most}, not {shown(value)}")
     return value
 
 

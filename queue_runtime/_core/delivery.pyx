@@ -1,12 +1,26 @@
 """A message as it was delivered, and the right to settle it."""
 
 cimport cython
-from libc.math cimport NAN, isfinite, isnan
+from libc.math cimport INFINITY, NAN, isnan
 
 from queue_runtime._core.fields cimport as_instant, plain_text
 from queue_runtime._core.message cimport Message
 
-from queue_runtime.errors import InvalidReceiptError, ValidationError
+from queue_runtime.errors import InvalidReceiptError, ValidationError, shown
+
+cdef long long MOST = 0x7FFFFFFFFFFFFFFF
+# The years 1 to 9999: what a datetime can be.
+cdef double FIRST_INSTANT = -62135596800.0
+cdef double END_OF_INSTANTS = 253402300800.0
+
+
+cdef long long whole_number(object value, str field, long long least) except? -1:
+    if not PyLong_Check(value):
+        raise ValidationError(field, f"must be an int, not {type(value).__name__}")
+    if not least <= value <= MOST:
+        limit = f"at least {least}" if value < least else "at most 2**63-1"
+        raise ValidationError(field, f"must be {limit}, not {shown(value)}")
+    return value
 
 cdef extern from "Python.h":
     bint PyLong_Check(object)
@@ -33,9 +47,9 @@ cdef class Receipt:
     def __init__(self, queue_name, token, receiver_id):
         if self.queue_name is not None:
             raise TypeError("a Receipt is immutable")
-        self.queue_name = plain_text(queue_name, "queue_name")
+        self.receiver_id = whole_number(receiver_id, "receiver_id", -MOST - 1)
         self.token = token
-        self.receiver_id = receiver_id
+        self.queue_name = plain_text(queue_name, "queue_name")
 
     def __eq__(self, other):
         if self is other:
@@ -74,9 +88,15 @@ cdef Receipt make_receipt(str queue_name, object token, long long receiver_id):
 cdef double time_or_nan(object value, str field) except? -1:
     if value is None:
         return NAN
-    cdef double seconds = value
-    if not isfinite(seconds):
-        raise ValidationError(field, f"must be finite seconds since the epoch, not {value!r}")
+    cdef double seconds
+    try:
+        seconds = value
+    except OverflowError:
+        seconds = INFINITY
+    except TypeError:
+        raise ValidationError(field, f"must be seconds since the epoch, not {type(value).__name__}") from None
+    if not FIRST_INSTANT <= seconds < END_OF_INSTANTS:  # a NaN fails too
+        raise ValidationError(field, f"must be seconds since the epoch, in the years 1 to 9999, not {shown(value)}")
     return seconds
 
 
@@ -126,9 +146,7 @@ cdef class ReceivedMessage:
             raise ValidationError("message", f"must be a Message, not {type(message).__name__}")
         if receipt is not None and type(receipt) is not Receipt:
             raise ValidationError("receipt", f"must be a Receipt or None, not {type(receipt).__name__}")
-        cdef long long count = delivery_count
-        if count < (receipt is not None):
-            raise ValidationError("delivery_count", f"must be at least {int(receipt is not None)}, not {count}")
+        cdef long long count = whole_number(delivery_count, "delivery_count", receipt is not None)
         if enqueued_at is None:
             raise ValidationError("enqueued_at", "must be seconds since the epoch, not None")
         self.enqueued_time = time_or_nan(enqueued_at, "enqueued_at")
@@ -138,7 +156,7 @@ cdef class ReceivedMessage:
         if self.first_delivered_time > self.delivered_time:
             raise ValidationError("first_delivered_at", "must not be after delivered_at")
         if sequence_number is not None and (not PyLong_Check(sequence_number) or sequence_number < 0):
-            raise ValidationError("sequence_number", f"must be an int and not negative, not {sequence_number!r}")
+            raise ValidationError("sequence_number", f"must be an int and not negative, not {shown(sequence_number)}")
         if dead_letter_reason is not None:
             dead_letter_reason = plain_text(dead_letter_reason, "dead_letter_reason")
         if dead_letter_description is not None:

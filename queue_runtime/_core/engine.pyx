@@ -323,7 +323,7 @@ cdef class Engine(Ledger):
         return entry if <uint64_t>entry.deliveries & COUNT_MASK == token & COUNT_MASK else NULL
 
     cdef list check_receipts(self, Link link, receipts):
-        cdef list listed = receipts if type(receipts) is list else list(receipts)
+        cdef list listed = list(receipts)  # a copy: what was checked is what is used
         self.check_home(link)
         for receipt in listed:
             if type(receipt) is not Receipt:

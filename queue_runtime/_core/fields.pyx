@@ -34,7 +34,7 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
-from queue_runtime.errors import ValidationError
+from queue_runtime.errors import ValidationError, shown
 
 import_datetime()
 
@@ -93,6 +93,8 @@ cdef str new_message_id():
         # os.urandom lets other threads run: they may fill the pool too, and that is harmless, since from the
         # assignment to the use below nothing else runs.
         fresh = os.urandom(POOL_SIZE)
+        if len(fresh) != POOL_SIZE:  # a test's stand-in, say
+            raise RuntimeError(f"os.urandom({POOL_SIZE}) returned {len(fresh)} bytes")
         memcpy(pool, PyBytes_AS_STRING(fresh), POOL_SIZE)
         pool_used = 0
     cdef unsigned char random[16]
@@ -167,7 +169,7 @@ cdef int64_t duration_us(object value, str field, int64_t least) except? -1:
         raise ValidationError(field, f"must be seconds or a timedelta, not {type(value).__name__}")
     if exact < least:
         limit = "must not be negative" if least == 0 else "must be at least a microsecond"
-        raise ValidationError(field, f"{limit}, not {value!r}")
+        raise ValidationError(field, f"{limit}, not {shown(value)}")
     if exact > MAX_DURATION_US:
         raise ValidationError(field, "must be at most 2**63-1 microseconds (about 292,000 years)")
     us = exact
@@ -182,7 +184,10 @@ cdef int64_t instant_us(object value, str field) except? -1:
     since = value - EPOCH
     if since < timedelta(0):
         raise ValidationError(field, "must not be before 1970-01-01T00:00:00Z")
-    return (since.days * 86400 + since.seconds) * 1000000 + since.microseconds
+    us = (since.days * 86400 + since.seconds) * 1000000 + since.microseconds
+    if us > WIRE_MAX_INSTANT:  # in a zone west of UTC the last year ends later
+        raise ValidationError(field, "must not be after 9999-12-31T23:59:59.999999Z")
+    return us
 
 
 cdef object as_timedelta(int64_t us):
@@ -205,7 +210,7 @@ cdef dict checked_attributes(object given, Py_ssize_t *size):
     cdef PyObject *key
     cdef PyObject *value
     cdef Py_ssize_t position = 0
-    cdef Py_ssize_t length
+    cdef Py_ssize_t length, total = 0
     cdef bint plain = True
     cdef dict attributes
     if PyDict_CheckExact(given):
@@ -223,11 +228,12 @@ cdef dict checked_attributes(object given, Py_ssize_t *size):
             length = utf8_size(<str><object>key, "attributes")
             if not 1 <= length <= WIRE_MAX_NAME:
                 raise ValidationError("attributes", f"has a name of {length} bytes; it must have 1 to {WIRE_MAX_NAME}")
-            size[0] += length + utf8_size(<str><object>value, "attributes")
+            total += length + utf8_size(<str><object>value, "attributes")
         else:
             plain = False
             break
     if plain:
+        size[0] += total
         return attributes.copy()
     exact = {plain_text(name, "attributes"): plain_text(text, "attributes") for name, text in attributes.items()}
     return checked_attributes(exact, size)

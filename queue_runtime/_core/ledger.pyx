@@ -93,6 +93,9 @@ cdef class Ledger:
     """
 
     def __cinit__(self):
+        global engines_made
+        engines_made += 1
+        self.number = engines_made  # of no link that this engine did not make, not even a bare one
         self.indexes[0].mask = self.indexes[1].mask = -1
         self.delays.kind = self.agenda.kind = IN_TIME
         self.lives.kind = IN_TTL
@@ -108,11 +111,8 @@ cdef class Ledger:
         self, str name not None, *, double lock_duration, double session_lock_duration, int64_t max_delivery_count,
         bint dead_letter_on_expiration, double deduplication_window, Py_ssize_t capacity, Py_ssize_t max_message_size,
     ):
-        global engines_made
         if self.name is not None:
             raise TypeError("it is set up already")
-        engines_made += 1
-        self.number = engines_made
         self.secret = int.from_bytes(os.urandom(8), "little")
         self.name = name
         self.lock_duration = lock_duration
@@ -362,7 +362,7 @@ cdef class Ledger:
                 self.detach(entry)
                 self.expire(entry)
                 self.tend(lane)
-        while self.next_forgotten <= now:
+        while self.next_forgotten <= now and self.seen_in_order:  # an infinite time never ends
             self.seen.discard(self.seen_in_order.popleft()[1])
             self.next_forgotten = self.seen_in_order[0][0] if self.seen_in_order else INFINITY
         return 0

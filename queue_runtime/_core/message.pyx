@@ -103,7 +103,10 @@ cdef class Message:
         elif isinstance(body, str) or not PyObject_CheckBuffer(body):
             raise ValidationError("body", f"must be bytes, bytearray or memoryview, not {type(body).__name__}")
         else:
-            self._body = bytes(memoryview(body))
+            try:
+                self._body = bytes(memoryview(body))
+            except (BufferError, ValueError) as error:
+                raise ValidationError("body", f"cannot be read: {error}") from None
         size = len(self._body)
         if attributes is not None:
             self._attributes = checked_attributes(attributes, &size)
