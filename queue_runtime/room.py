@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Taker:
     future: asyncio.Future[int]
     wanted: int
@@ -59,7 +59,8 @@ class Room:
             if taker.future.done() and not taker.future.cancelled():
                 self.give(taker.future.result())
             else:
-                self._takers.remove(taker)
+                if taker in self._takers:  # else it was passed over already
+                    self._takers.remove(taker)
                 self._serve()
             raise
 

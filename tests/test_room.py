@@ -73,3 +73,17 @@ async def test_cancelling_a_taker_loses_no_room(given_first: bool) -> None:
     await asyncio.gather(first, return_exceptions=True)
     assert await second == 1
     assert room.taken == 1
+
+
+@pytest.mark.parametrize("then", ["give", "close"])
+async def test_cancelling_a_taker_that_is_passed_over(then: str) -> None:
+    """Room comes, or the end, after the cancellation and before the task has heard of it."""
+    room = Room(1)
+    await room.take(1)
+    task = asyncio.create_task(room.take(1))
+    await asyncio.sleep(0)
+    task.cancel()
+    room.give(1) if then == "give" else room.close()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert room.taken == (0 if then == "give" else 1)
