@@ -85,22 +85,25 @@ class Consumer:
         if self._started:
             raise AlreadyStartedError("this consumer was started already; make another one")
         self._started = True
-        forget_listener = self._client.on_locks_lost(self._runner.locks_lost)
         unhook = self._hook_signals() if handle_signals else None
+        forget_listener = self._client.on_locks_lost(self._runner.locks_lost)
+        cancelled: asyncio.CancelledError | None = None
+        working = asyncio.create_task(self._work())
         try:
-            for feed in self._feeds:
-                feed.start()
-            await self._stop.wait()
-            await self._drain()
-        except asyncio.CancelledError:
-            self.stop_now()
-            await self._drain()
-            raise
+            while not working.done():
+                try:
+                    await asyncio.wait([working])
+                except asyncio.CancelledError as error:  # however often: nothing is left behind
+                    cancelled = error
+                    self.stop_now()
         finally:
             forget_listener()
             if unhook is not None:
                 unhook()
             self._runner.close()
+        if cancelled is not None:
+            raise cancelled
+        working.result()
         if self._failure is not None:
             raise self._failure
         return self.stats
@@ -113,6 +116,14 @@ class Consumer:
         """Cancel running handlers too, and release their messages."""
         self._stop.set()
         self._stop_now.set()
+
+    async def _work(self) -> None:
+        try:
+            for feed in self._feeds:
+                feed.start()
+            await self._stop.wait()
+        finally:
+            await self._drain()
 
     async def _drain(self) -> None:
         deadline = self._client.clock.call_later(self._drain_timeout, self.stop_now)
