@@ -38,7 +38,7 @@ from queue_runtime.providers.base import (
 )
 from queue_runtime.renewal import LockRenewer, LostCallback
 from queue_runtime.sessions import Session, SessionKey, with_session
-from queue_runtime.settlement import Lane, Settler, failed, outcome_of
+from queue_runtime.settlement import Lane, Settler, failed, outcome_of, unexpected
 
 MAX_COUNT = 10_000
 """The most messages that one receive may ask for."""
@@ -371,13 +371,21 @@ class QueueClient:
         future = failed(self._no_lane(receipt)) if lane is None else lane.submit(disposition, receipt)
 
         def settled(future: asyncio.Future[None]) -> None:
-            outcome = outcome_of(future)
+            try:
+                outcome = outcome_of(future)
+            except BaseException as bug:
+                outcome = unexpected(bug, self._provider.name)
             if self._renewer is not None and (outcome is None or not outcome.is_transient):
                 self._renewer.forget(receipt.receiver_id, (receipt,))
             done(outcome)
 
         future.add_done_callback(settled)
         return future
+
+    def renew_no_more(self, receipt: Receipt) -> None:
+        """Let the lock end: nobody will settle this message."""
+        if self._renewer is not None:
+            self._renewer.forget(receipt.receiver_id, (receipt,))
 
     async def receive_on(self, lane: Lane, max_count: int, timeout: Seconds) -> list[ReceivedMessage]:
         """Receive on a lane and have the locks renewed."""

@@ -82,8 +82,9 @@ class QueueFeed:
         if messages:
             try:
                 await self._runner.client.abandon_messages(messages)
-            except QueueRuntimeError as error:
-                logger.warning("not all released, queue=%s: %s", self._runner.queue_name, error)
+            except Exception as error:
+                is_bug = not isinstance(error, QueueRuntimeError)
+                logger.warning("not all released, queue=%s: %s", self._runner.queue_name, error, exc_info=is_bug)
             finally:
                 self._runner.let_go(messages)
 
@@ -107,22 +108,24 @@ class QueueFeed:
                 self._call_workers()
 
     def _call_workers(self) -> None:
-        while self._workers < min(self._runner.max_concurrency, len(self._ready)):
+        while self._ready and self._workers < self._runner.max_concurrency:
             self._workers += 1
-            self._spawn(self._work())
+            self._spawn(self._work(*self._ready.popleft()))
 
-    async def _work(self) -> None:
-        """Handle what is ready, until nothing is."""
+    async def _work(self, message: ReceivedMessage, batch: _Batch) -> None:
+        """Handle this one and what is ready, until nothing is."""
         runner = self._runner
         try:
-            while self._ready:
-                message, batch = self._ready.popleft()
+            while True:
                 disposition = await runner.handle(message)
                 if disposition is None or runner.client.settles_at_once:
                     await runner.settle(message, disposition)
                     self._count_down(batch)
                 else:
                     runner.settle_later(message, disposition, partial(self._count_down, batch))
+                if not self._ready:
+                    return
+                message, batch = self._ready.popleft()
         finally:
             self._workers -= 1
             runner.room.hurry()
@@ -169,22 +172,24 @@ class SessionFeed:
 
     async def _hold(self, session: Session) -> None:
         """Serve one session for a turn, then let it go."""
-        counters, observer = self._runner.counters, self._runner.observer
+        runner, counters = self._runner, self._runner.counters
         counters.sessions += 1
         counters.sessions_open += 1
-        observer.session_opened(session.session_id)
+        runner.tell(runner.observer.session_opened, session.session_id)
         buffer: deque[ReceivedMessage] = deque()
         try:
             await self._serve(session, buffer)
         except SessionLockLostError:
-            logger.warning("session lost, queue=%s session_id=%s", self._runner.queue_name, session.session_id)
+            logger.warning("session lost, queue=%s session_id=%s", runner.queue_name, session.session_id)
         finally:
-            self._runner.let_go(buffer)  # closing the session releases them
-            counters.sessions_open -= 1
-            self._places.release()
-            with contextlib.suppress(QueueRuntimeError):
-                await session.close()
-            observer.session_closed(session.session_id)
+            try:
+                with contextlib.suppress(QueueRuntimeError):
+                    await session.close()
+            finally:
+                runner.let_go(buffer)  # closing the session released them
+                counters.sessions_open -= 1
+                self._places.release()
+                runner.tell(runner.observer.session_closed, session.session_id)
 
     async def _serve(self, session: Session, buffer: deque[ReceivedMessage]) -> None:
         left = self._turn

@@ -7,7 +7,7 @@ import contextvars
 import inspect
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from queue_runtime.handling import (
 from queue_runtime.message import Receipt, ReceivedMessage
 from queue_runtime.providers.base import ABANDON, COMPLETE, Action, Disposition, Outcome
 from queue_runtime.room import Room
+from queue_runtime.settlement import unexpected
 
 logger = logging.getLogger("queue_runtime.consumer")
 
@@ -88,7 +89,7 @@ class Runner:
         self._held.update(dict.fromkeys([message.receipt for message in messages]))
         self.counters.received += len(messages)
         self.counters.batches += 1
-        self.observer.batch_received(messages)
+        self.tell(self.observer.batch_received, messages)
 
     def let_go(self, messages: Sequence[ReceivedMessage]) -> None:
         """Hold these no longer, however that came about."""
@@ -99,28 +100,28 @@ class Runner:
 
     async def handle(self, message: ReceivedMessage) -> Disposition | None:
         """Run the handler when one may run; return how to settle, or None when the right to settle is lost."""
-        if not self._permits.take_one() and not await self._permits.take(1):
-            return ABANDON
-        receipt = message.receipt
         try:
-            if self._lost and receipt in self._lost:
-                return None
-            self._held[receipt] = _current_task()
-            self._running += 1
+            if not self._permits.take_one() and not await self._permits.take(1):
+                return ABANDON
             try:
-                return await self._run(message)
+                return None if message.receipt in self._lost else await self._run(message)
             finally:
-                self._held[receipt] = None
-                self._running -= 1
-        finally:
-            self._permits.give(1)
+                self._permits.give(1)
+        except GeneratorExit:  # the event loop is gone: nothing can be awaited any more
+            raise
+        except BaseException:  # this very task is cancelled, or the process is to end
+            await self.settle(message, ABANDON)
+            raise
 
     async def settle(self, message: ReceivedMessage, disposition: Disposition | None) -> QueueRuntimeError | None:
         """Settle, count, and let go; return the error, if it came to one."""
         error = None
         try:
             if disposition is not None:
-                error = await self.client.settle(message.receipt, disposition)
+                try:
+                    error = await self.client.settle(message.receipt, disposition)
+                except Exception as bug:
+                    error = unexpected(bug, self.client.provider_name)
                 self._count(message, disposition, error)
         finally:
             self.let_go((message,))
@@ -160,34 +161,54 @@ class Runner:
                 if task is not None:
                     task.cancel()
 
+    def tell(self, report: Callable[..., None], *what: object) -> None:
+        """Tell the observer; what it raises is logged."""
+        try:
+            report(*what)
+        except Exception:
+            logger.exception("the observer failed, queue=%s", self.queue_name)
+
     def close(self) -> None:
         """Let go of the threads. One that runs on in a handler is not waited for."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, message: ReceivedMessage) -> Disposition | None:
+        receipt = message.receipt
+        task = self._held[receipt] = _current_task()
+        self._running += 1
+        disposition: Disposition = COMPLETE
         try:
             if self._threads is None:
                 await cast(Coroutine[Any, Any, object], self._handler(message))
             else:
                 call = contextvars.copy_context().run
-                result = await asyncio.get_running_loop().run_in_executor(self._threads, call, self._handler, message)
+                result = await task.get_loop().run_in_executor(self._threads, call, _called, self._handler, message)
                 if inspect.isawaitable(result):
                     await result
-            return COMPLETE
         except RejectMessage as reject:
-            return Disposition(Action.DEAD_LETTER, reason=reject.reason, description=reject.description)
+            disposition = Disposition(Action.DEAD_LETTER, reason=reject.reason, description=reject.description)
         except RetryMessage as retry:
-            return Disposition(Action.ABANDON, delay=retry.delay)
+            disposition = Disposition(Action.ABANDON, delay=retry.delay)
         except Exception as error:
-            return self._failed(message, error)
-        except asyncio.CancelledError:
-            is_lost = message.receipt in self._lost
-            if not is_lost and not self._cancelling:
+            disposition = self._failed(message, error)
+        except asyncio.CancelledError as error:
+            if self._cancelling or receipt in self._lost:
+                disposition = ABANDON
+            elif task.cancelling():
                 raise
-            # The cancellation was meant for the handler; the task goes on to settle.
-            _current_task().uncancel()
-            return None if is_lost else ABANDON
+            else:  # not of this task, but of something that the handler awaited
+                failure = CancelledError("what the handler awaited was cancelled")
+                failure.__cause__ = error
+                disposition = self._failed(message, failure)
+        finally:
+            self._held[receipt] = None
+            self._running -= 1
+        is_lost = receipt in self._lost
+        if is_lost or self._cancelling:
+            while task.cancelling():  # that was meant for the handler; the task goes on to settle
+                task.uncancel()
+        return None if is_lost else disposition
 
     def _failed(self, message: ReceivedMessage, error: Exception) -> Disposition:
         self.counters.failed += 1
@@ -198,9 +219,12 @@ class Runner:
             message.delivery_count,
             exc_info=error,
         )
-        self.observer.handler_failed(message, error)
+        self.tell(self.observer.handler_failed, message, error)
         try:
-            return self._on_failure(message, error)
+            decision = self._on_failure(message, error)
+            if not isinstance(decision, Disposition):
+                raise TypeError(f"the policy must return a Disposition, not {type(decision).__name__}")
+            return decision
         except Exception:
             logger.exception("the failure policy failed, queue=%s message_id=%s", self.queue_name, message.message_id)
             return ABANDON
@@ -208,6 +232,7 @@ class Runner:
     def _count(self, message: ReceivedMessage, disposition: Disposition, error: QueueRuntimeError | None) -> None:
         if error is not None:
             self.counters.settle_errors += 1
+            self.client.renew_no_more(message.receipt)  # so that it comes back when its lock ends
             logger.warning("not settled, queue=%s message_id=%s: %s", self.queue_name, message.message_id, error)
         elif disposition.action is Action.COMPLETE:
             self.counters.completed += 1
@@ -215,7 +240,7 @@ class Runner:
             self.counters.dead_lettered += 1
         else:
             self.counters.abandoned += 1
-        self.observer.message_settled(message, disposition, error)
+        self.tell(self.observer.message_settled, message, disposition, error)
 
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="queue-runtime-handler")
@@ -223,6 +248,13 @@ class Runner:
 
 def _current_task() -> asyncio.Task[Any]:
     return cast("asyncio.Task[Any]", asyncio.current_task())
+
+
+def _called(handler: Handler, message: ReceivedMessage) -> object:
+    try:
+        return handler(message)
+    except StopIteration as error:  # Python 3.11 cannot put it into a future: its waiter would never hear of it
+        raise RuntimeError("the handler raised StopIteration") from error
 
 
 def _is_async(handler: Handler) -> bool:

@@ -8,14 +8,17 @@ gets the outcome of its own message.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from queue_runtime._core.mpcc import MultiProducerConcurrentConsumer
 from queue_runtime.config import ProviderConfig
-from queue_runtime.errors import ClosedError, QueueRuntimeError
+from queue_runtime.errors import ClosedError, ProviderError, QueueRuntimeError
 from queue_runtime.message import Receipt
 from queue_runtime.providers.base import Disposition, Outcome, Receiver
+
+logger = logging.getLogger("queue_runtime.settlement")
 
 SLOTS = 64
 """Lanes of one MPCC; with more receivers than that, another one is made."""
@@ -190,6 +193,14 @@ def failed(error: QueueRuntimeError) -> asyncio.Future[Any]:
     future = asyncio.get_running_loop().create_future()
     future.set_exception(error)
     return future
+
+
+def unexpected(bug: BaseException, provider: str) -> ProviderError:
+    """Return what is no error of a settlement, such as a bug, as one, where no caller waits who could be told."""
+    logger.error("settling failed unexpectedly, provider=%s", provider, exc_info=bug)
+    error = ProviderError(provider, type(bug).__name__, str(bug))
+    error.__cause__ = bug
+    return error
 
 
 def outcome_of(future: asyncio.Future[Any]) -> Outcome:
