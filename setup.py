@@ -14,6 +14,8 @@ if sys.platform == "win32":
 else:
     # GCC's own memset of a new object (rep stos) costs some 10 ns more than the C library's.
     FLAGS = ["-O3", "-std=c11", "-fvisibility=hidden", "-Wno-unused-function", "-fno-builtin-memset"]
+    if "-g" not in os.environ.get("CFLAGS", "").split():
+        FLAGS.append("-g0")  # debug symbols would make the wheel five times as large
 
 
 def compiled(name: str) -> Extension:
