@@ -11,6 +11,7 @@ import asyncio
 import heapq
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -35,11 +36,14 @@ LostCallback = Callable[[int, Sequence[Receipt], QueueRuntimeError | None], None
 
 @dataclass(slots=True)
 class _Term:
-    """When the locks of one delivery are renewed next, and when that ends for good."""
+    """When the locks of one delivery, or of a session, are renewed next, and when that ends for good.
+
+    By the monotonic clock: the ends that a service tells are by its own wall clock.
+    """
 
     renew_at: float
     ends_at: float
-    """The end of the locks as they are, by this clock."""
+    """The end of the locks as they are."""
     give_up_at: float
     is_last: bool = False
 
@@ -52,7 +56,7 @@ class _Watch:
     lock_duration: float
     held: dict[Receipt, _Term] = field(default_factory=dict)
     session: SessionReceiver | None = None
-    session_due: float = 0.0
+    session_term: _Term | None = None
     latest: _Term | None = None
     latest_until: float = 0.0
     """Until when what is received shares the latest term."""
@@ -105,9 +109,10 @@ class LockRenewer:
 
     def watch_session(self, receiver: SessionReceiver) -> None:
         """Renew the lock of this session until it is dropped."""
-        watch = self._watches[receiver.id] = _Watch(receiver, receiver.lock_duration, session=receiver)
-        watch.session_due = self._next_session_renewal(receiver)
-        self._schedule(watch, watch.session_due)
+        term = self._term(receiver.session_lock_duration, self._clock.monotonic(), math.inf)
+        watch = _Watch(receiver, receiver.lock_duration, session=receiver, session_term=term)
+        self._watches[receiver.id] = watch
+        self._schedule(watch, term.renew_at)
 
     def forget(self, receiver_id: int, receipts: Sequence[Receipt]) -> None:
         """Renew these no more: they are settled."""
@@ -141,10 +146,6 @@ class LockRenewer:
             return _Term(renew_at, ends_at, give_up_at)
         return _Term(ends_at, ends_at, give_up_at, True)
 
-    def _next_session_renewal(self, session: SessionReceiver) -> float:
-        left = session.locked_until - self._clock.time()
-        return self._clock.monotonic() + max(0.0, left) * RENEW_AFTER
-
     def _schedule(self, watch: _Watch, due: float) -> None:
         if self._closed:
             return
@@ -175,31 +176,36 @@ class LockRenewer:
         self._arm()
 
     async def _renew(self, watch: _Watch) -> None:
+        pause = 0.001
         try:
-            if watch.session is not None and not await self._renew_session(watch, watch.session):
+            session, term = watch.session, watch.session_term
+            if session is not None and term is not None and not await self._renew_session(watch, session, term):
                 return
             await self._renew_messages(watch)
         except Exception:
-            # An adapter that breaks its contract must not end renewal for good.
+            # An adapter that breaks its contract must not end renewal for good, nor be called all the time.
             logger.exception("renewal failed unexpectedly, queue=%s", watch.receiver.queue_name)
+            pause = watch.lock_duration * TOGETHER
         finally:
             watch.task = None
             if self._watches.get(watch.receiver.id) is watch:
                 times = [term.renew_at for term in watch.held.values()]
-                if watch.session is not None:
-                    times.append(watch.session_due)
+                if watch.session_term is not None:
+                    times.append(watch.session_term.renew_at)
                 if times:
-                    self._schedule(watch, max(min(times), self._clock.monotonic() + 0.001))
+                    self._schedule(watch, max(min(times), self._clock.monotonic() + pause))
 
-    async def _renew_session(self, watch: _Watch, session: SessionReceiver) -> bool:
+    async def _renew_session(self, watch: _Watch, session: SessionReceiver, term: _Term) -> bool:
         """Renew the session lock when it is due; say whether the session is still held."""
-        if watch.session_due > self._clock.monotonic() + session.lock_duration * TOGETHER:
+        duration = session.session_lock_duration
+        if term.renew_at > self._clock.monotonic() + duration * TOGETHER:
             return True
         try:
             await session.renew_session()
         except QueueRuntimeError as error:
-            if error.is_transient and session.locked_until > self._clock.time():
-                watch.session_due = self._next_session_renewal(session)
+            now = self._clock.monotonic()
+            if error.is_transient and now < term.ends_at:
+                watch.session_term = _next_attempt(term, now, duration)
                 return True
             receipts = list(watch.held)
             watch.task = None  # this very task: drop must not cancel it
@@ -207,7 +213,7 @@ class LockRenewer:
             lost = error if isinstance(error, SessionLockLostError) else SessionLockLostError(session.session_id)
             self._on_lost(session.id, receipts, lost)
             return False
-        watch.session_due = self._next_session_renewal(session)
+        watch.session_term = self._term(duration, self._clock.monotonic(), math.inf)
         return True
 
     async def _renew_messages(self, watch: _Watch) -> None:
@@ -232,8 +238,7 @@ class LockRenewer:
             if not isinstance(outcome, QueueRuntimeError):
                 watch.held[receipt] = self._term(duration, after, term.give_up_at)
             elif outcome.is_transient and after < term.ends_at:
-                again = min(after + duration * TOGETHER, term.ends_at)
-                watch.held[receipt] = _Term(again, term.ends_at, term.give_up_at)
+                watch.held[receipt] = _next_attempt(term, after, duration)
             else:
                 self._lose(watch, [receipt], outcome)
 
@@ -243,3 +248,8 @@ class LockRenewer:
         why = error or "renewed for max_lock_renewal"
         logger.warning("locks lost, queue=%s count=%d: %s", watch.receiver.queue_name, len(receipts), why)
         self._on_lost(watch.receiver.id, receipts, error)
+
+
+def _next_attempt(term: _Term, now: float, duration: float) -> _Term:
+    """After a renewal failed for a passing reason: try again soon, at the latest at the locks' end."""
+    return _Term(min(now + duration * TOGETHER, term.ends_at), term.ends_at, term.give_up_at)

@@ -72,7 +72,8 @@ class SessionLocks(Locks):
 
     def __init__(self, clock: ManualClock, session_lock: float = LOCK, **options: Any) -> None:
         super().__init__(clock, **options)
-        self.session_lock = session_lock
+        self.session_lock_duration = session_lock
+        self.skew = 0.0  # of the service's wall clock
         self.locked_until = clock.time() + session_lock
         self.session_calls: list[float] = []
         self.session_faults: list[QueueRuntimeError] = []
@@ -81,9 +82,10 @@ class SessionLocks(Locks):
         self.session_calls.append(self.clock.monotonic())
         if self.session_faults:
             raise self.session_faults.pop(0)
-        if self.locked_until <= self.clock.time():
+        wall = self.clock.time() + self.skew
+        if self.locked_until <= wall:
             raise SessionLockLostError(self.session_id)
-        self.locked_until = self.clock.time() + self.session_lock
+        self.locked_until = wall + self.session_lock_duration
         return self.locked_until
 
 
@@ -300,6 +302,19 @@ async def test_an_adapter_that_breaks_its_contract_does_not_end_renewal(
     assert "renewal failed unexpectedly" in caplog.text
 
 
+async def test_an_adapter_that_stays_broken_is_not_called_all_the_time(
+    clock: ManualClock, renewer: LockRenewer
+) -> None:
+    locks, session = Locks(clock), SessionLocks(clock, receiver_id=2)
+    renewer.watch(locks, locks.take(1))
+    renewer.watch_session(session)
+    locks.fault = fail(ZeroDivisionError("bug"))
+    session.session_faults += [ZeroDivisionError("bug") for _ in range(100_000)]  # type: ignore[list-item]
+    await clock.advance(LOCK * 2)
+    assert 5 <= len(locks.calls) <= 20
+    assert 5 <= len(session.session_calls) <= 20
+
+
 async def test_a_dropped_receiver_is_renewed_no_more(clock: ManualClock, renewer: LockRenewer, lost: Lost) -> None:
     """While a renewal of it is under way, too."""
     locks = Locks(clock)
@@ -340,6 +355,21 @@ async def test_a_session_is_renewed_without_messages(clock: ManualClock, renewer
     assert session.locked_until > clock.time()
     assert lost == []
     assert len(session.session_calls) <= 41
+
+
+@pytest.mark.parametrize("skew", [-3600.0, 3600.0])
+async def test_a_session_is_renewed_in_time_whatever_the_service_s_clock_says(
+    clock: ManualClock, renewer: LockRenewer, lost: Lost, skew: float
+) -> None:
+    """Neither too late nor all the time: the ends that a service tells are by its own clock."""
+    session = SessionLocks(clock)
+    session.skew = skew
+    session.locked_until += skew
+    renewer.watch_session(session)
+    await clock.advance(LOCK * 20)
+    assert session.locked_until > clock.time() + skew
+    assert lost == []
+    assert 20 <= len(session.session_calls) <= 41
 
 
 @pytest.mark.parametrize(("session_lock", "lock"), [(300.0, 10.0), (10.0, 300.0), (30.0, 30.0)])

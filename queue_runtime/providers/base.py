@@ -121,6 +121,11 @@ class SessionReceiver(Receiver, Protocol):
     def session_id(self) -> str: ...
 
     @property
+    def session_lock_duration(self) -> float:
+        """Seconds that the session stays held, for whoever schedules its renewal."""
+        ...
+
+    @property
     def locked_until(self) -> float:
         """The end of the session lock, in epoch seconds."""
         ...

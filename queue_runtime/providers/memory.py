@@ -501,6 +501,10 @@ class InMemorySessionReceiver(InMemoryReceiver):
         return self._link.session_id
 
     @property
+    def session_lock_duration(self) -> float:
+        return self._engine.session_lock_duration
+
+    @property
     def locked_until(self) -> float:
         return self._link.locked_until
 
