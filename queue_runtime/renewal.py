@@ -29,6 +29,8 @@ TOGETHER = 0.1
 
 SAME = 0.005
 """Messages received within this share of the lock's duration are treated as received together with the first."""
+MOST_STALE = 64
+"""Entries of the heap that are valid no more and stay in it, beside one for each receiver."""
 
 LostCallback = Callable[[int, Sequence[Receipt], QueueRuntimeError | None], None]
 """Told (receiver_id, receipts, error) when locks were lost; without an error, they were renewed for long enough."""
@@ -128,6 +130,9 @@ class LockRenewer:
             watch.due = None
             if watch.task is not None:
                 watch.task.cancel()
+            if len(self._heap) > 2 * len(self._watches) + MOST_STALE:
+                self._heap = [entry for entry in self._heap if entry[2].due == entry[0]]
+                heapq.heapify(self._heap)
 
     async def close(self) -> None:
         """Stop all renewal, for good."""

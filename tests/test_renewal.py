@@ -329,6 +329,21 @@ async def test_a_dropped_receiver_is_renewed_no_more(clock: ManualClock, renewer
     assert (len(locks.calls), lost, pending(clock)) == (1, [], 0)
 
 
+async def test_what_was_dropped_is_not_kept_until_it_would_have_been_due(
+    clock: ManualClock, renewer: LockRenewer
+) -> None:
+    """[C39] Sessions that are held for a moment only, by the million, beside one that is held for long."""
+    last = SessionLocks(clock)
+    renewer.watch_session(last)
+    for number in range(2, 2000):
+        session = SessionLocks(clock, receiver_id=number)
+        renewer.watch_session(session)
+        renewer.drop(number)
+    assert len(renewer._heap) < 100
+    await clock.advance(LOCK * 2)
+    assert last.locked_until > clock.time()
+
+
 async def test_close_ends_everything(clock: ManualClock, renewer: LockRenewer, lost: Lost) -> None:
     """[C23] A renewal under way is cancelled; what is watched afterwards starts nothing."""
     one, two = Locks(clock, 1), SessionLocks(clock, receiver_id=2)
