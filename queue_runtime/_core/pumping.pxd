@@ -74,7 +74,7 @@ cdef class Pumping:
     cdef int set_mark(self, Slot slot) except -1
     cdef int come_back(self, Slot slot, double when) except -1
     cdef bint hand_out(self, Slot slot) except -1
-    cdef int take_back(self, Batch batch) except -1
+    cdef int never_mind(self, Batch batch, object error) except -1
     cdef int batch_ended(self, Batch batch, object outcome, object error) except -1
     cdef int settle(self, Batch batch, object outcome, object error) except -1
     cdef int leave(self, Slot slot) except -1

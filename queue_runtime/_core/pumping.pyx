@@ -342,17 +342,22 @@ cdef class Pumping:
             batch.items = _items_of(batch.cells) if slot.carries else batch.cells[:]
             self._task_options["context"] = self._context.copy()
             batch.task = PyObject_Call(_Task, (batch,), self._task_options)
-        except BaseException:
-            if not batch.ended and batch.pump is None:
-                self.take_back(batch)
+        except BaseException as error:
+            if not batch.ended:
+                self.never_mind(batch, error)
             raise
         if batch.ended:
             batch.task = None
         return True
 
-    cdef int take_back(self, Batch batch) except -1:
-        """Undo the start of a batch that no pump has seen; its task, if there is one, finds it ended."""
+    cdef int never_mind(self, Batch batch, object error) except -1:
+        """Undo the start of a batch. It may have a task, which then finds it ended, or have lost it on the way."""
         cdef Slot slot = batch.slot
+        pump = batch.pump
+        if pump is not None:  # it began, eagerly: nobody knows how far it came
+            batch.end(None, error)
+            pump.close()
+            return 0
         batch.ended = True
         self._batches.discard(batch)
         slot.active -= 1

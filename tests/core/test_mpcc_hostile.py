@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import threading
@@ -56,6 +57,7 @@ def loop() -> Iterator[InterruptedLoop]:
     loop = InterruptedLoop()
     yield loop
     loop.close()
+    gc.collect()  # asyncio logs what became of interrupted tasks, and pytest catches the log
 
 
 def go_on(loop: InterruptedLoop, seconds: float = 5) -> None:
@@ -103,20 +105,35 @@ def test_an_interrupted_push_still_wakes_the_loop(loop: InterruptedLoop, method:
 
 
 @pytest.mark.parametrize("count", range(1, 7))
-def test_an_interrupted_loop_goes_on_with_every_slot(loop: InterruptedLoop, count: int) -> None:
+def test_an_interrupted_loop_goes_on_with_every_slot(
+    loop: InterruptedLoop, count: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """Wherever in its turn the interrupt comes: nothing is lost, and the other slots are not forgotten."""
-    pump = Recorder()
-    mpcc: MPCC[int] = MPCC(2, 1, 1, 3)
+
+    async def answer(items: list[Any], slot: int) -> None:
+        if sys.version_info >= (3, 12):  # an eager task calls nobody before its pump first waits
+            await asyncio.sleep(0)
+
+    failed: list[int] = []
+    pump = Recorder(answer)
+    mpcc: MPCC[int] = MPCC(2, 1, 1, 3, on_failure=lambda slot, items, errors: failed.extend(items))
     loop.run_until_complete(started(mpcc, pump))
     for number in range(3):
         mpcc.push_many(range(5), number)
     loop.interrupt("call_soon", count)
-    with pytest.raises(KeyboardInterrupt):
+    try:
         go_on(loop)
+    except KeyboardInterrupt:
+        assert loop.method == ""
+    else:  # CPython 3.12 and 3.13 make a SystemError of what interrupts an eager start, and the loop logs that
+        assert sys.version_info >= (3, 12)
+        assert "SystemError" in caplog.text
     go_on(loop)
     assert [pump.items(number) for number in range(3)] == [[0, 1, 2, 3, 4]] * 3
     stats = mpcc.stats()
-    assert (stats.delivered, stats.waiting, stats.in_flight, stats.pumps) == (15, 0, 0, 0)
+    assert (stats.delivered + len(failed), stats.waiting, stats.in_flight, stats.pumps) == (15, 0, 0, 0)
+    assert len(failed) in ((0,) if sys.version_info < (3, 12) else (0, 1, 2))  # of a pump that had begun
+    assert pump.running == dict.fromkeys(range(3), 0)
     assert loop.run_until_complete(mpcc.complete()) == {}
 
 
@@ -203,7 +220,11 @@ def test_an_answer_that_cannot_be_read_fails_its_batch() -> None:
 
 def test_what_overflowed_before_the_start_keeps_its_place(loop: InterruptedLoop) -> None:
     """Order: a push, from another thread, say, must not take the room that the first batch leaves behind."""
-    pump = Recorder()
+
+    async def answer(items: list[Any], slot: int) -> None:
+        await asyncio.sleep(0)
+
+    pump = Recorder(answer)
     mpcc: MPCC[int] = MPCC(2, 1, 1, 1, overflow="unbounded", slot_capacity=2)
     mpcc.push_many([0, 1], 0)
     mpcc.push_many([2, 3, 4], 0)

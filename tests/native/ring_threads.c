@@ -246,7 +246,8 @@ static void *push_until_shut(void *number) {
 }
 
 static void close_in_the_middle(void) {
-    while (taken_count < close_after)
+    /* Not before every producer was there: on a busy machine one may be done before the next begins. */
+    while (taken_count < close_after || !next_number[0][0] || !next_number[0][1] || !next_number[0][2])
         if (take_from(ring, 5, 0) == 0) sched_yield();
     long closed_at = (long)qr_ring_close(ring);
     while (taken_count < closed_at)
