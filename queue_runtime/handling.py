@@ -23,6 +23,8 @@ class RejectMessage(Exception):
     def __init__(self, reason: str, description: str | None = None) -> None:
         if not isinstance(reason, str) or not reason:
             raise ValidationError("reason", "must be a non-empty text")
+        if description is not None and not isinstance(description, str):
+            raise ValidationError("description", f"must be a text or None, not {type(description).__name__}")
         super().__init__(reason if description is None else f"{reason}: {description}")
         self.reason = reason
         self.description = description

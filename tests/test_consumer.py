@@ -524,6 +524,8 @@ async def test_wrong_arguments_name_their_field(client: QueueClient) -> None:
         RetryMessage(delay=-1)
     with pytest.raises(ValidationError, match="reason"):
         RejectMessage("")
+    with pytest.raises(ValidationError, match="description: must be a text or None, not ValueError"):
+        RejectMessage("Malformed", ValueError("no"))  # type: ignore[arg-type]
 
 
 SIGNALLED = """
