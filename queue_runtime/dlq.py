@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from queue_runtime.clock import sleep
 from queue_runtime.config import Seconds, wait_seconds
 from queue_runtime.errors import BatchSendError, BatchSettleError, QueueRuntimeError, ValidationError
-from queue_runtime.message import Message, ReceivedMessage
+from queue_runtime.message import Message, Receipt, ReceivedMessage
 
 if TYPE_CHECKING:
     from queue_runtime.client import QueueClient
+
+logger = logging.getLogger("queue_runtime.dlq")
 
 BATCH = 100
 
@@ -28,7 +31,7 @@ class RedriveResult(NamedTuple):
     moved: int
     """Those that are back in the queue; none in a dry run."""
     failed: int
-    """Those that could not be sent back and are dead letters still."""
+    """Those that are dead letters still: they could not be sent, or not be removed after they were."""
 
 
 class DeadLetters:
@@ -148,7 +151,7 @@ class _Redrive:
         self._timeout = timeout
         self._progress = progress
         self._result = RedriveResult(0, 0, 0, 0)
-        self._kept: list[ReceivedMessage] = []
+        self._kept: dict[Receipt, None] = {}
 
     async def run(self, total: int) -> RedriveResult:
         clock = self._client.clock
@@ -174,7 +177,8 @@ class _Redrive:
         return self._result
 
     async def _batch(self, messages: list[ReceivedMessage]) -> None:
-        self._kept.extend(messages)  # until each is moved: whatever happens, none stays locked
+        # Until each is moved: whatever happens, none stays locked.
+        self._kept.update(dict.fromkeys(message.receipt for message in messages))
         chosen: list[ReceivedMessage] = []
         left = None if self._limit is None else self._limit - self._result.matched
         for message in messages:
@@ -183,8 +187,8 @@ class _Redrive:
         moved: list[ReceivedMessage] = []
         if chosen and not self._dry_run:
             moved = await self._move(chosen)
-            gone = {message.receipt for message in moved}
-            self._kept = [message for message in self._kept if message.receipt not in gone]
+            for message in moved:
+                del self._kept[message.receipt]
         result = self._result
         failed = 0 if self._dry_run else len(chosen) - len(moved)
         self._result = RedriveResult(
@@ -202,8 +206,13 @@ class _Redrive:
         except BatchSendError as error:
             sent = [not isinstance(outcome, QueueRuntimeError) for outcome in error.outcomes]
             messages = [message for message, went in zip(messages, sent, strict=True) if went]
-        if messages:
+        if not messages:
+            return []
+        try:
             await self._client.complete_messages(messages)
+        except BatchSettleError as error:
+            logger.warning("sent back, but not all removed, queue=%s: %s", self._dead_letters.queue_name, error)
+            return [message for message, outcome in zip(messages, error.outcomes, strict=True) if outcome is None]
         return messages
 
 

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from test_consumer import QUEUE, messages, running, until
+from wrapping import fail, wrap
 
 from queue_runtime.client import QueueClient
 from queue_runtime.clock import ManualClock, settle_tasks
@@ -14,8 +16,6 @@ from queue_runtime.consumer import Consumer
 from queue_runtime.handling import ConsumerConfig, ConsumerObserver
 from queue_runtime.message import Message, ReceivedMessage
 from queue_runtime.providers.base import Disposition
-from tests.test_consumer import QUEUE, messages, running, until
-from tests.wrapping import fail, wrap
 
 
 @pytest.fixture(params=["auto", "batched"])

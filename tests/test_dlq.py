@@ -99,6 +99,21 @@ async def test_a_send_that_fails_leaves_all_where_they_were(client: QueueClient,
     assert await client.receive_messages(QUEUE, 10, 0) == []
 
 
+async def test_what_cannot_be_removed_after_it_was_sent_is_counted(client: QueueClient, clock: ManualClock) -> None:
+    """The filter took so long that the locks of a batch ran out: it is in both places; the next batch is moved."""
+    await bury(client, 150)
+
+    def slow(letter: ReceivedMessage) -> bool:
+        if letter.body == b"99":
+            clock._now += 31  # a filter blocks: nothing else runs meanwhile
+        return True
+
+    result = await client.dead_letters(QUEUE).redrive(where=slow, timeout=0)
+    assert result == RedriveResult(150, 150, 50, 100)
+    assert len(await client.receive_messages(QUEUE, 1000, 0)) == 150
+    assert len(await free(client)) == 100
+
+
 async def test_a_filter_that_fails_leaves_all_where_they_were(client: QueueClient) -> None:
     await bury(client, 4)
 

@@ -437,7 +437,7 @@ def redrive(
     elif dry_run:
         click.echo(f"{result.matched:,} of {result.scanned:,} dead letters would go back to {queue_name}")
     else:
-        failed = f"; {result.failed:,} could not be sent and are dead letters still" if result.failed else ""
+        failed = f"; {result.failed:,} could not be moved and are dead letters still" if result.failed else ""
         click.echo(f"{result.moved:,} of {result.scanned:,} dead letters went back to {queue_name}{failed}")
     ctx.exit(Code.FAILED if result.failed else Code.FINE)
 
