@@ -477,14 +477,14 @@ cdef class Pumping:
         return 0
 
     cdef int finish(self) except -1:
+        # All of it is read before anything else runs: finalizers may, and may call complete.
+        timer, finish, left = self._timer, self._finish, self._left
         self._phase = COMPLETED
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        finish = self._finish
-        left = self._left
+        self._timer = None
         self._finish = self._left = self._loop = self._pump = self._state = self._task_options = self._time = None
         self._context = None
+        if timer is not None:
+            timer.cancel()
         if finish is not None:
             finish.set_result(left)
         return 0

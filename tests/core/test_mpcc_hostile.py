@@ -420,6 +420,41 @@ def test_a_wake_of_an_old_loop_is_not_answered_there() -> None:
     new.close()
 
 
+def test_a_completion_inside_the_end_of_another() -> None:
+    """The end calls the loop's code, and there a finalizer may run that steps a complete() of its own."""
+    left: list[Any] = []
+
+    class Nosy(asyncio.TimerHandle):
+        __slots__ = ()
+
+        def cancel(self) -> None:
+            if not left:
+                left.append(None)
+                with pytest.raises(StopIteration) as stop:
+                    mpcc.complete().send(None)
+                left.append(stop.value.value)
+            super().cancel()
+
+    class NosyLoop(JumpingLoop):
+        def call_at(self, *arguments: Any, **options: Any) -> Any:
+            timer = super().call_at(*arguments, **options)
+            timer.__class__ = Nosy
+            return timer
+
+    pump = Recorder()
+    mpcc: MPCC[int] = MPCC(2, DAY, 1, 1)
+
+    async def main() -> Any:
+        mpcc.start(pump)
+        mpcc.push(1, 0)
+        await turns()
+        return await asyncio.wait_for(mpcc.complete(), 5)
+
+    assert run(main(), NosyLoop) == {}
+    assert left == [None, {}]
+    assert pump.items() == [1]
+
+
 def test_intervals_at_the_ends_of_what_a_float_holds() -> None:
     pump = Recorder()
 
