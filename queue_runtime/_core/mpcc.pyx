@@ -422,20 +422,28 @@ cdef class MultiProducerConcurrentConsumer(Pumping):
             raise RuntimeError("__init__ was not called")
         loop = asyncio.get_running_loop()
         qr_bell_answer(self._bell)  # whoever rings late may have done so on a loop that is closed now
+        # All that may run other code comes first: a finalizer may call complete.
+        context = contextvars.copy_context()
+        cancellation = Cancellation()
+        options = {"loop": loop, "name": "mpcc pump"}
+        if EAGER:
+            options["eager_start"] = True
+        left = {}
+        time = loop.time
+        now = time()
+        if self._phase == RUNNING or self._phase == CLOSING:
+            raise AlreadyStartedError("already started while this start began")
         self._pump = pump
         self._state = state
-        self._context = contextvars.copy_context()
-        self._cancellation = Cancellation()
-        self._task_options = {"loop": loop, "name": "mpcc pump"}
-        if EAGER:
-            self._task_options["eager_start"] = True
-        self._time = loop.time
+        self._context = context
+        self._cancellation = cancellation
+        self._task_options = options
+        self._time = time
         self._floor = -INFINITY
         self._thread = PyThread_get_thread_ident()
         self._discarding = self._expired = False
-        self._left = {}
+        self._left = left
         self._unfinished = self._count
-        now = loop.time()
         for slot in self._slots:
             slot.finished = slot.idle = False
             slot.base = slot.mark_time = now

@@ -15,7 +15,7 @@ import pytest
 from loops import JumpingLoop, Recorder, run, turns
 
 from queue_runtime._core.mpcc import MultiProducerConcurrentConsumer as MPCC
-from queue_runtime.errors import BatchError, SlotOutOfRangeError, ValidationError
+from queue_runtime.errors import AlreadyStartedError, BatchError, SlotOutOfRangeError, ValidationError
 
 DAY = 86400
 
@@ -453,6 +453,43 @@ def test_a_completion_inside_the_end_of_another() -> None:
     assert run(main(), NosyLoop) == {}
     assert left == [None, {}]
     assert pump.items() == [1]
+
+
+@pytest.mark.parametrize("what", ["complete", "start"])
+def test_a_start_during_which_others_call(what: str) -> None:
+    """It asks the loop for the time, and there a finalizer may run that completes, or starts."""
+    mpcc: MPCC[int] = MPCC(1, DAY, 1, 1)
+    inner, outer = Recorder(), Recorder()
+
+    class NosyLoop(JumpingLoop):
+        asked = False
+
+        def time(self) -> float:
+            if self.asked:
+                self.asked = False
+                if what == "start":
+                    mpcc.start(inner)
+                else:
+                    with pytest.raises(StopIteration):
+                        mpcc.complete().send(None)
+            return super().time()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, NosyLoop)
+        loop.asked = True
+        if what == "start":
+            with pytest.raises(AlreadyStartedError):
+                mpcc.start(outer)
+        else:
+            mpcc.start(outer)
+        assert not loop.asked
+        mpcc.push(1, 0)
+        await turns()
+        assert (inner if what == "start" else outer).items() == [1]
+        assert await asyncio.wait_for(mpcc.complete(), 5) == {}
+
+    run(main(), NosyLoop)
 
 
 def test_intervals_at_the_ends_of_what_a_float_holds() -> None:
