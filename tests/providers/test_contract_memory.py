@@ -213,26 +213,33 @@ class TestMemoryAlone:
             session = await client.accept_session("q", "s")
             assert session is not None
             started = time.monotonic()
-            results = await asyncio.gather(
+
+            async def lateness() -> float:
+                """Of the machine itself: a busy one wakes nobody in time."""
+                await asyncio.sleep(0.2)
+                return time.monotonic() - started - 0.2
+
+            late, *results = await asyncio.gather(
+                lateness(),
                 client.receive_messages("q", 1, 0.2),
                 session.receive_messages(1, 0.2),
                 client.accept_session("q", None, 0.2),
                 client.dead_letters("q").receive_message(0.2),
             )
-            assert 0.2 <= time.monotonic() - started + 0.001 < 0.3
+            assert 0.2 <= time.monotonic() - started + 0.001 < 0.3 + late
             assert results == [[], [], None, None]
             await client.send_message("q", Message(body=b"x", delay=0.05))
             started = time.monotonic()
             for _ in range(2):  # first by its delay, then by the end of its lock
                 assert await client.receive_message("q", 5) is not None
-            assert 0.15 <= time.monotonic() - started + 0.001 < 0.3
+            assert 0.15 <= time.monotonic() - started + 0.001 < 2.0, "woken, and not by the end of the wait"
 
     @pytest.mark.both_loops
     async def test_renewal_on_the_real_clock(self, harness: MemoryHarness) -> None:
         """[C21]"""
-        config = InMemoryConfig(lock_duration=0.1, settlement=harness.settlement)  # type: ignore[arg-type]
+        config = InMemoryConfig(lock_duration=0.3, settlement=harness.settlement)  # type: ignore[arg-type]
         async with QueueClient(config) as client:
             await client.send_messages("q", [Message(body=body) for body in numbered(20)])
             received = await client.receive_messages("q", 20, 0)
-            assert await client.receive_messages("q", 20, 0.35) == []
+            assert await client.receive_messages("q", 20, 0.7) == []
             await client.complete_messages(received)
