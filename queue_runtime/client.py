@@ -375,15 +375,15 @@ class QueueClient:
                 outcome = outcome_of(future)
             except BaseException as bug:
                 outcome = unexpected(bug, self._provider.name)
-            if self._renewer is not None and (outcome is None or not outcome.is_transient):
-                self._renewer.forget(receipt.receiver_id, (receipt,))
+            if outcome is None or not outcome.is_transient:
+                self.renew_no_more(receipt)
             done(outcome)
 
         future.add_done_callback(settled)
         return future
 
     def renew_no_more(self, receipt: Receipt) -> None:
-        """Let the lock end: nobody will settle this message."""
+        """Let the lock end: this message is settled, or nobody will settle it."""
         if self._renewer is not None:
             self._renewer.forget(receipt.receiver_id, (receipt,))
 

@@ -60,11 +60,12 @@ class Consumer:
         self._drain_timeout = float(config.drain_timeout)  # type: ignore[arg-type]  # seconds since its creation
         self._runner = Runner(client, queue_name, handler, config, observer or ConsumerObserver())
         self._tasks: set[asyncio.Task[None]] = set()
-        self._feeds: list[Feed] = [QueueFeed(self._runner, config, self._spawn, share=1.0)]
+        kinds: list[type[QueueFeed | SessionFeed]] = [QueueFeed]
         if client.capabilities.sessions:
+            kinds.append(SessionFeed)
             if self._runner.room.capacity < 2:
                 raise ConfigurationError("prefetch", "must be at least 2: one for sessions, one for other messages")
-            self._feeds = [feed(self._runner, config, self._spawn, share=0.5) for feed in (QueueFeed, SessionFeed)]
+        self._feeds: list[Feed] = [kind(self._runner, config, self._spawn, share=1 / len(kinds)) for kind in kinds]
         self._started = False
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()

@@ -95,14 +95,9 @@ class QueueFeed:
             # With messages still waiting, a larger batch later costs less than a small one now.
             at_least = min(wanted, self._enough) if self._ready else 1
             granted = await runner.room.take(wanted, share=self._share, at_least=at_least)
-            messages: list[ReceivedMessage] = []
-            try:
-                receive = partial(runner.client.receive_messages, runner.queue_name, granted, self._timeout)
-                messages = await _persistently(runner, receive)
-            finally:
-                runner.room.give(granted - len(messages))
+            receive = partial(runner.client.receive_messages, runner.queue_name, granted, self._timeout)
+            messages = await _fill(runner, granted, receive)
             if messages:
-                runner.take_over(messages)
                 batch = _Batch(len(messages), runner.client.clock.monotonic(), len(messages))
                 self._ready.extend((message, batch) for message in messages)
                 self._call_workers()
@@ -217,17 +212,25 @@ class SessionFeed:
         runner = self._runner
         task = cast("asyncio.Task[Any]", asyncio.current_task())
         self._waiting.add(task)
-        granted = 0
-        messages: list[ReceivedMessage] = []
         try:
             granted = await runner.room.take(wanted, share=self._share)
-            messages = await _persistently(runner, partial(session.receive_messages, granted, timeout))
+            return await _fill(runner, granted, partial(session.receive_messages, granted, timeout))
         finally:
             self._waiting.discard(task)
-            runner.room.give(granted - len(messages))
-        if messages:
-            runner.take_over(messages)
-        return messages
+
+
+async def _fill(
+    runner: Runner, granted: int, receive: Callable[[], Awaitable[list[ReceivedMessage]]]
+) -> list[ReceivedMessage]:
+    """Receive into the room that was granted, and give back what was not needed of it."""
+    messages: list[ReceivedMessage] = []
+    try:
+        messages = await _persistently(runner, receive)
+    finally:
+        runner.room.give(granted - len(messages))
+    if messages:
+        runner.take_over(messages)
+    return messages
 
 
 async def _persistently(runner: Runner, call: Callable[[], Awaitable[T]]) -> T:
