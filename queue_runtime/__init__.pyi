@@ -30,6 +30,11 @@ from queue_runtime.config import (
 from queue_runtime.consumer import (
     Consumer as Consumer,
 )
+from queue_runtime.context import (
+    BatchContext as BatchContext,
+    HandlerContext as HandlerContext,
+    MessageContext as MessageContext,
+)
 from queue_runtime.dlq import (
     DeadLetters as DeadLetters,
     RedriveResult as RedriveResult,
@@ -80,6 +85,9 @@ from queue_runtime.message import (
     ReceivedMessage as ReceivedMessage,
     SessionId as SessionId,
 )
+from queue_runtime.middleware import (
+    Middleware as Middleware,
+)
 from queue_runtime.providers.base import (
     Action as Action,
     Capabilities as Capabilities,
@@ -96,11 +104,13 @@ from queue_runtime.sessions import (
 )
 
 __version__: str
+
 __all__ = [
     "Action",
     "AdaptiveBatchSizer",
     "AlreadyStartedError",
     "AuthenticationFailedError",
+    "BatchContext",
     "BatchError",
     "BatchRecord",
     "BatchSendError",
@@ -125,14 +135,17 @@ __all__ = [
     "FallbackKey",
     "FieldKey",
     "Handler",
+    "HandlerContext",
     "InMemoryConfig",
     "InvalidReceiptError",
     "MPCC",
     "MPCCStats",
     "ManualClock",
     "Message",
+    "MessageContext",
     "MessageId",
     "MessageTooLargeError",
+    "Middleware",
     "MultiProducerConcurrentConsumer",
     "NoKey",
     "PermissionDeniedError",

@@ -222,12 +222,7 @@ class QueueClient:
 
     async def dead_letter_message(self, message: Settleable, reason: str, description: str | None = None) -> None:
         """Move the message to the dead-letter queue, with the reason and the description [C15]."""
-        if not isinstance(reason, str) or not reason:
-            raise ValidationError("reason", "must be a non-empty text")
-        if description is not None and not isinstance(description, str):
-            raise ValidationError("description", f"must be a text or None, not {type(description).__name__}")
-        disposition = Disposition(Action.DEAD_LETTER, reason=reason, description=description)
-        _raise(await self.settle(_receipt(message), disposition))
+        _raise(await self.settle(_receipt(message), Disposition.dead_letter(reason, description)))
 
     async def defer_message(self, message: Settleable) -> None:
         """Set the message aside; ``receive_deferred_messages`` gets it by its sequence number."""

@@ -25,6 +25,8 @@ FLOORS = [
     {"renewal", "settlement", "room"},
     {"dlq", "sessions"},
     {"client"},
+    {"context"},
+    {"middleware"},
     {"handling"},
     {"runner"},
     {"feeds"},

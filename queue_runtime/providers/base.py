@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
-from queue_runtime.errors import QueueRuntimeError
+from queue_runtime.errors import QueueRuntimeError, ValidationError
 from queue_runtime.message import Message, Receipt, ReceivedMessage
 
 Outcome = QueueRuntimeError | None
@@ -51,6 +51,15 @@ class Disposition:
     """Of an abandon: seconds until the message is visible again."""
     reason: str | None = None
     description: str | None = None
+
+    @classmethod
+    def dead_letter(cls, reason: str, description: str | None = None) -> Self:
+        """Return the one that moves a message to the dead-letter queue. Raises ValidationError without a reason."""
+        if not isinstance(reason, str) or not reason:
+            raise ValidationError("reason", "must be a non-empty text")
+        if description is not None and not isinstance(description, str):
+            raise ValidationError("description", f"must be a text or None, not {type(description).__name__}")
+        return cls(Action.DEAD_LETTER, reason=reason, description=description)
 
 
 COMPLETE = Disposition(Action.COMPLETE)
