@@ -94,6 +94,11 @@ from queue_runtime.providers.base import (
     Disposition as Disposition,
     QueueCounts as QueueCounts,
 )
+from queue_runtime.scaling import (
+    Limits as Limits,
+    Load as Load,
+    ScalingConfig as ScalingConfig,
+)
 from queue_runtime.sessions import (
     CompositeKey as CompositeKey,
     FallbackKey as FallbackKey,
@@ -138,6 +143,8 @@ __all__ = [
     "HandlerContext",
     "InMemoryConfig",
     "InvalidReceiptError",
+    "Limits",
+    "Load",
     "MPCC",
     "MPCCStats",
     "ManualClock",
@@ -163,6 +170,7 @@ __all__ = [
     "RedriveResult",
     "RejectMessage",
     "RetryMessage",
+    "ScalingConfig",
     "SerializationError",
     "ServiceUnavailableError",
     "Session",

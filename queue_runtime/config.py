@@ -51,6 +51,15 @@ def integer(field: str, value: object, *, minimum: int, maximum: int | None = No
     return value
 
 
+def share(field: str, value: object, *, minimum: float = 0.0) -> float:
+    """Return ``value``; raise ConfigurationError naming ``field`` when it is no number from ``minimum`` to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigurationError(field, f"must be a number, not {type(value).__name__}")
+    if not minimum <= value <= 1.0:
+        raise ConfigurationError(field, f"must be from {minimum:g} to 1, not {value:g}")
+    return float(value)
+
+
 def choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigurationError(field, f"must be one of {', '.join(allowed)}, not {value!r}")

@@ -22,7 +22,7 @@ FLOORS = [
     {"providers.base"},
     {"providers.memory"},
     {"providers"},
-    {"renewal", "settlement", "room"},
+    {"renewal", "settlement", "room", "scaling"},
     {"dlq", "sessions"},
     {"client"},
     {"context"},
