@@ -72,6 +72,7 @@ _HOME = {
     "RedriveResult": "dlq",
     "RejectMessage": "handling",
     "RetryMessage": "handling",
+    "RuntimeConfiguration": "runtime",
     "ScalingConfig": "scaling",
     "SerializationError": "errors",
     "ServiceUnavailableError": "errors",

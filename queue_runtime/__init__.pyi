@@ -94,6 +94,9 @@ from queue_runtime.providers.base import (
     Disposition as Disposition,
     QueueCounts as QueueCounts,
 )
+from queue_runtime.runtime import (
+    RuntimeConfiguration as RuntimeConfiguration,
+)
 from queue_runtime.scaling import (
     Limits as Limits,
     Load as Load,
@@ -109,7 +112,6 @@ from queue_runtime.sessions import (
 )
 
 __version__: str
-
 __all__ = [
     "Action",
     "AdaptiveBatchSizer",
@@ -170,6 +172,7 @@ __all__ = [
     "RedriveResult",
     "RejectMessage",
     "RetryMessage",
+    "RuntimeConfiguration",
     "ScalingConfig",
     "SerializationError",
     "ServiceUnavailableError",

@@ -19,6 +19,7 @@ FLOORS = [
     {"_core"},
     {"message"},
     {"config"},
+    {"runtime"},
     {"providers.base"},
     {"providers.memory"},
     {"providers"},
@@ -36,8 +37,8 @@ FLOORS = [
     {"__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-SDKS = {"azure", "aiobotocore", "botocore", "boto3", "prometheus_client", "opentelemetry", "uvloop"}
-SOLE_IMPORTERS = {"click": "cli", "rich": "cli"}
+SDKS = {"azure", "aiobotocore", "botocore", "boto3", "prometheus_client", "opentelemetry"}
+SOLE_IMPORTERS = {"click": "cli", "rich": "cli", "uvloop": "runtime"}
 
 
 def name_of(path: Path) -> str:
