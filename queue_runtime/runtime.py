@@ -85,7 +85,8 @@ class RuntimeConfiguration:
         """For a process that has a machine's cores to itself: uvloop where it is installed, and rare collections [C46].
 
         Messages are freed by their reference counts, so that the collector finds little; what is there at the start is
-        frozen, and the young generation grows to 50,000 objects.
+        frozen, and the young generation grows to 50,000 objects. A process with a million objects of its own, whose
+        handlers read JSON, handles twice as many messages with it; one with a small heap, as many as before.
         """
         preset: dict[str, Any] = {
             "thread_pool_size": 4 * (os.cpu_count() or 1) + 4,
