@@ -86,9 +86,17 @@ class QueueClient:
         self._session_key_source: Literal["attributes", "body"] = session_key_source
         self.clock: Clock = SystemClock() if clock is None else clock
         self._provider: Provider = open_provider(self.config, self.clock)
-        self._settler = Settler(self.config, in_process=self._provider.capabilities.settles_in_process)
         max_renewal = cast(float, self.config.max_lock_renewal)
-        self._renewer = LockRenewer(self.clock, max_renewal, self._locks_lost) if max_renewal else None
+        self._renewer = (
+            LockRenewer(self.clock, max_renewal, self._locks_lost, is_settling=self._is_settling)
+            if max_renewal
+            else None
+        )
+        self._settler = Settler(
+            self.config,
+            in_process=self._provider.capabilities.settles_in_process,
+            over=None if self._renewer is None else self._renewer.forget,
+        )
         self._lanes: dict[int, Lane] = {}
         self._main_lanes: dict[str, Lane] = {}
         self._dead_letter_lanes: dict[str, Lane] = {}
@@ -474,6 +482,10 @@ class QueueClient:
     def _locks_lost(self, receiver_id: int, receipts: Sequence[Receipt], error: QueueRuntimeError | None) -> None:
         for listener in list(self._lost_listeners):
             listener(receiver_id, receipts, error)
+
+    def _is_settling(self, receipt: Receipt) -> bool:
+        lane = self._lanes.get(receipt.receiver_id)
+        return lane is not None and lane.is_settling(receipt)
 
     def _check_open(self) -> None:
         if self._closed:

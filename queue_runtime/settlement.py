@@ -26,6 +26,10 @@ FIRST_PAUSE = 0.1
 """Seconds before the second attempt of a settlement, doubled for each further one, unless the error says longer."""
 
 
+Over = Callable[[int, Sequence[Receipt]], None]
+"""Told (receiver_id, receipts) at once when there is nothing left to settle."""
+
+
 class Lane(Protocol):
     """The way to settle what one receiver delivered."""
 
@@ -37,6 +41,10 @@ class Lane(Protocol):
 
     def submit(self, disposition: Disposition, receipt: Receipt) -> asyncio.Future[Any]:
         """Settle one without waiting; ``outcome_of`` reads the future when it is done."""
+        ...
+
+    def is_settling(self, receipt: Receipt) -> bool:
+        """Whether a settlement of this one is under way. Slow, for rare questions."""
         ...
 
     async def flush(self) -> None:
@@ -56,6 +64,10 @@ class DirectLane:
     def submit(self, disposition: Disposition, receipt: Receipt) -> asyncio.Future[Any]:
         return asyncio.ensure_future(self._settle_one(disposition, receipt))
 
+    def is_settling(self, receipt: Receipt) -> bool:
+        """Nothing is ever under way."""
+        return False
+
     async def flush(self) -> None:
         """Nothing is ever under way."""
 
@@ -73,13 +85,16 @@ class _Item(NamedTuple):
 class BatchedLane:
     """Settles through a slot of an MPCC."""
 
-    __slots__ = ("_mpcc", "_slot", "_waiting", "receiver")
+    __slots__ = ("_mpcc", "_over", "_slot", "_waiting", "receiver")
 
-    def __init__(self, receiver: Receiver, mpcc: MultiProducerConcurrentConsumer[_Item], slot: int) -> None:
+    def __init__(
+        self, receiver: Receiver, mpcc: MultiProducerConcurrentConsumer[_Item], slot: int, over: Over | None
+    ) -> None:
         self.receiver = receiver
+        self._over = over
         self._mpcc = mpcc
         self._slot = slot
-        self._waiting: set[asyncio.Future[Any]] = set()
+        self._waiting: dict[asyncio.Future[Any], Receipt] = {}
 
     async def settle(self, disposition: Disposition, receipts: Sequence[Receipt]) -> list[Outcome]:
         futures = [self.submit(disposition, receipt) for receipt in receipts]
@@ -92,14 +107,19 @@ class BatchedLane:
             future = self._mpcc.submit(_Item(disposition, receipt), self._slot)
         except ClosedError as error:
             return failed(error)
-        self._waiting.add(future)
+        self._waiting[future] = receipt
         future.add_done_callback(self._done)
         return future
 
     def _done(self, future: asyncio.Future[Any]) -> None:
-        self._waiting.discard(future)
+        receipt = self._waiting.pop(future)
         if not future.cancelled():
-            future.exception()  # looked at: a caller that was cancelled does so no more
+            error = future.exception()  # looked at: a caller that was cancelled does so no more
+            if self._over is not None and not (isinstance(error, QueueRuntimeError) and error.is_transient):
+                self._over(receipt.receiver_id, (receipt,))
+
+    def is_settling(self, receipt: Receipt) -> bool:
+        return receipt in self._waiting.values()
 
     async def flush(self) -> None:
         while self._waiting:
@@ -109,11 +129,14 @@ class BatchedLane:
 class Settler:
     """Makes the lanes of one client and runs the MPCCs behind them.
 
+    ``over`` is told of each message whose settlement in a batch came to its end, before its caller is.
+
     Thread-safety: for one event loop's thread only.
     """
 
-    def __init__(self, config: ProviderConfig, *, in_process: bool) -> None:
+    def __init__(self, config: ProviderConfig, *, in_process: bool, over: Over | None = None) -> None:
         self._config = config
+        self._over = over
         self.is_direct = in_process and config.settlement == "auto"
         self._receivers: list[list[Receiver | None]] = []
         self._mpccs: list[MultiProducerConcurrentConsumer[_Item]] = []
@@ -128,7 +151,7 @@ class Settler:
             self._add_mpcc()
         group, slot = self._slots[receiver.id] = self._free.pop()
         self._receivers[group][slot] = receiver
-        return BatchedLane(receiver, self._mpccs[group], slot)
+        return BatchedLane(receiver, self._mpccs[group], slot, self._over)
 
     async def close_lane(self, lane: Lane) -> None:
         """Wait for what is under way on the lane, then free its slot. The receiver is left open."""

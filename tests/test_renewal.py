@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
 from hypothesis import given, strategies as st
+from locks import LOCK, Locks, Lost, SessionLocks, make, pending
 from wrapping import fail, wrap
 
 from queue_runtime.client import QueueClient
@@ -16,77 +16,12 @@ from queue_runtime.errors import (
     BatchSettleError,
     ConnectionFailedError,
     InvalidReceiptError,
-    QueueRuntimeError,
+    QueueTimeoutError,
     ServiceUnavailableError,
     SessionLockLostError,
 )
 from queue_runtime.message import Message, Receipt
 from queue_runtime.renewal import LockRenewer
-
-LOCK = 30.0
-Lost = list[tuple[int, list[Receipt], QueueRuntimeError | None]]
-
-
-class Locks:
-    """A receiver of a service that keeps locks: one that ran out cannot be renewed."""
-
-    def __init__(self, clock: ManualClock, receiver_id: int = 1, lock_duration: float = LOCK) -> None:
-        self.clock = clock
-        self.id = receiver_id
-        self.queue_name = "orders"
-        self.lock_duration = lock_duration
-        self.ends: dict[Receipt, float] = {}
-        self.calls: list[tuple[float, list[Receipt]]] = []
-        self.fault: Callable[[Sequence[Receipt]], list[float | QueueRuntimeError] | None] | None = None
-        self.gate: asyncio.Event | None = None
-
-    def take(self, count: int, first: int = 0) -> list[Receipt]:
-        receipts = [Receipt("orders", number, self.id) for number in range(first, first + count)]
-        self.ends.update(dict.fromkeys(receipts, self.clock.monotonic() + self.lock_duration))
-        return receipts
-
-    def is_live(self, receipt: Receipt) -> bool:
-        return self.ends[receipt] > self.clock.monotonic()
-
-    async def renew(self, receipts: Sequence[Receipt]) -> list[float | QueueRuntimeError]:
-        self.calls.append((self.clock.monotonic(), list(receipts)))
-        if self.gate is not None:
-            await self.gate.wait()
-        given = self.fault(receipts) if self.fault is not None else None
-        if given is not None:
-            return given
-        outcomes: list[float | QueueRuntimeError] = []
-        for receipt in receipts:
-            if self.is_live(receipt):
-                self.ends[receipt] = self.clock.monotonic() + self.lock_duration
-                outcomes.append(self.clock.time() + self.lock_duration)
-            else:
-                outcomes.append(InvalidReceiptError(receipt))
-        return outcomes
-
-
-class SessionLocks(Locks):
-    """The same with a session lock."""
-
-    session_id = "s"
-
-    def __init__(self, clock: ManualClock, session_lock: float = LOCK, **options: Any) -> None:
-        super().__init__(clock, **options)
-        self.session_lock_duration = session_lock
-        self.skew = 0.0  # of the service's wall clock
-        self.locked_until = clock.time() + session_lock
-        self.session_calls: list[float] = []
-        self.session_faults: list[QueueRuntimeError] = []
-
-    async def renew_session(self) -> float:
-        self.session_calls.append(self.clock.monotonic())
-        if self.session_faults:
-            raise self.session_faults.pop(0)
-        wall = self.clock.time() + self.skew
-        if self.locked_until <= wall:
-            raise SessionLockLostError(self.session_id)
-        self.locked_until = wall + self.session_lock_duration
-        return self.locked_until
 
 
 @pytest.fixture
@@ -99,20 +34,11 @@ def lost() -> Lost:
     return []
 
 
-def make(clock: ManualClock, lost: Lost, max_renewal: float = 1e6) -> LockRenewer:
-    return LockRenewer(clock, max_renewal, lambda who, receipts, error: lost.append((who, list(receipts), error)))
-
-
 @pytest.fixture
 async def renewer(clock: ManualClock, lost: Lost) -> AsyncIterator[LockRenewer]:
     renewer = make(clock, lost)
     yield renewer
     await renewer.close()
-
-
-def pending(clock: ManualClock) -> int:
-    """Timers that would still fire."""
-    return sum(timer.callback is not None for _, _, timer in clock._timers)
 
 
 async def test_locks_live_for_as_long_as_they_are_watched(clock: ManualClock, renewer: LockRenewer, lost: Lost) -> None:
@@ -275,7 +201,10 @@ async def test_what_is_settled_during_its_renewal_stays_settled(
     assert all(receipts[0] not in asked for _, asked in locks.calls[1:])
 
 
-async def test_a_receiver_that_hangs_does_not_hold_up_another(clock: ManualClock, renewer: LockRenewer) -> None:
+async def test_a_receiver_that_hangs_does_not_hold_up_another(
+    clock: ManualClock, renewer: LockRenewer, lost: Lost
+) -> None:
+    """And a call that does not come back is given up in time for another one, then told; nothing waits for ever."""
     stuck, free = Locks(clock, 1), Locks(clock, 2)
     stuck.gate = asyncio.Event()
     renewer.watch(stuck, stuck.take(1))
@@ -283,7 +212,9 @@ async def test_a_receiver_that_hangs_does_not_hold_up_another(clock: ManualClock
     renewer.watch(free, [receipt])
     await clock.advance(LOCK * 5)
     assert free.is_live(receipt)
-    assert len(stuck.calls) == 1
+    assert [round(at / LOCK, 3) for at, _ in stuck.calls] == [0.5, 0.8]
+    assert [(who, type(error)) for who, _, error in lost] == [(stuck.id, QueueTimeoutError)]
+    assert len(asyncio.all_tasks()) == 1
 
 
 async def test_an_adapter_that_breaks_its_contract_does_not_end_renewal(
@@ -339,7 +270,8 @@ async def test_what_was_dropped_is_not_kept_until_it_would_have_been_due(
         session = SessionLocks(clock, receiver_id=number)
         renewer.watch_session(session)
         renewer.drop(number)
-    assert len(renewer._heap) < 100
+    assert renewer._scheduler is not None
+    assert len(renewer._scheduler._heap) < 100
     await clock.advance(LOCK * 2)
     assert last.locked_until > clock.time()
 

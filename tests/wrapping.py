@@ -30,6 +30,8 @@ class Recorder:
         self.send_faults: list[Fault] = []
         self.gate: asyncio.Event | None = None
         """Where settle, open_receiver and accept_session wait."""
+        self.is_late = False
+        """Whether settle waits there with its answer, after the service did what it was asked."""
         self.at_gate = 0
         self.open: set[int] = set()
         """The ids of the receivers that are open."""
@@ -51,9 +53,13 @@ class RecordedReceiver:
 
     async def settle(self, disposition: Disposition, receipts: Sequence[Receipt]) -> list[Outcome]:
         self._recorder.settled.append((self._real.id, disposition, list(receipts)))
-        await self._recorder.pass_gate()
+        if not self._recorder.is_late:
+            await self._recorder.pass_gate()
         given = answer(self._recorder.settle_faults, receipts)
-        return await self._real.settle(disposition, receipts) if given is None else given
+        outcomes: list[Outcome] = await self._real.settle(disposition, receipts) if given is None else given
+        if self._recorder.is_late:
+            await self._recorder.pass_gate()
+        return outcomes
 
     async def renew(self, receipts: Sequence[Receipt]) -> list[float | QueueRuntimeError]:
         self._recorder.renewed.append(list(receipts))
