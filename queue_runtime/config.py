@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, Literal, Self
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from queue_runtime.errors import ConfigurationError, ValidationError
 from queue_runtime.message import QueueName
@@ -96,6 +96,9 @@ class ProviderConfig:
     """
 
     scheme: ClassVar[str]
+    """What its URLs begin with, and the name of its entry point."""
+    provider: ClassVar[str]
+    """``module:name`` of what ``open_provider`` imports then, and calls with the configuration and ``clock=``."""
 
     max_concurrency: int = 16
     prefetch: int = 100
@@ -138,6 +141,13 @@ class ProviderConfig:
             values[name] = _parsed(name, value, hints[name]) if isinstance(value, str) else value
         return cls(**values)
 
+    @classmethod
+    def read_location(cls, host: str, path: str) -> dict[str, Any]:
+        """Return the settings, as texts, that a URL's ``//host/path`` stands for; here there are none."""
+        if host or path not in ("", "/"):
+            raise ConfigurationError("provider", f"a {cls.scheme} URL is {cls.scheme}://?setting=value, with no name")
+        return {}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InMemoryConfig(ProviderConfig):
@@ -170,6 +180,7 @@ class InMemoryConfig(ProviderConfig):
     """
 
     scheme: ClassVar[str] = "memory"
+    provider: ClassVar[str] = "queue_runtime.providers.memory:InMemoryProvider"
 
     name: str = ""
     capacity: int = 1_000_000
@@ -215,11 +226,26 @@ class InMemoryConfig(ProviderConfig):
         preset: dict[str, Any] = {"capacity": 1000, "max_concurrency": 1, "prefetch": 100}
         return cls(**(preset | changes))
 
+    @classmethod
+    def read_location(cls, host: str, path: str) -> dict[str, Any]:
+        """Return the name that the queues are shared by."""
+        if path not in ("", "/"):
+            raise ConfigurationError("provider", "a memory URL is memory://NAME?setting=value, with nothing else in it")
+        return {"name": host} if host else {}
+
+
+BUILT_IN: dict[str, type[ProviderConfig]] = {InMemoryConfig.scheme: InMemoryConfig}
+"""The configurations of this package by their scheme; others are found by their entry points."""
+GROUP = "queue_runtime.providers"
+"""The group of entry points in which another package names its configuration by its scheme."""
+
 
 def config_from_url(url: str) -> ProviderConfig:
     """Read a configuration from a URL such as ``memory://orders?capacity=1000&on_full=wait``.
 
-    The host names a shared set of queues, the query holds settings by field name, lists separated by commas.
+    The scheme names the provider: one of this package, or one that another package announces by an entry point of
+    the group ``queue_runtime.providers``, which is imported only then. What the host and the path mean is the
+    provider's to say; the query holds settings by field name, lists separated by commas.
     Raises ConfigurationError, which names the field; the URL itself is never repeated, as it may hold a secret.
     """
     if not isinstance(url, str):
@@ -229,16 +255,41 @@ def config_from_url(url: str) -> ProviderConfig:
         query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
     except ValueError:
         raise ConfigurationError("provider", "is no URL; use SCHEME://NAME?setting=value&...") from None
-    if parts.scheme != InMemoryConfig.scheme:
-        raise ConfigurationError("provider", f"unknown scheme {parts.scheme!r}; use memory:// or memory://NAME")
-    if parts.path not in ("", "/") or parts.fragment or "@" in parts.netloc:
-        raise ConfigurationError("provider", "a memory URL is memory://NAME?setting=value, with nothing else in it")
-    settings: dict[str, Any] = {"name": parts.netloc} if parts.netloc else {}
+    cls = BUILT_IN.get(parts.scheme) or _plugged_in(parts.scheme)
+    if parts.fragment or "@" in parts.netloc:
+        raise ConfigurationError("provider", f"a {cls.scheme} URL has neither a user, as in user@host, nor a #fragment")
+    settings = cls.read_location(unquote(parts.netloc), unquote(parts.path))
     for name, value in query:
         if name in settings:
             raise ConfigurationError(name, "is given twice")
         settings[name] = value
-    return InMemoryConfig.from_mapping(settings)
+    return cls.from_mapping(settings)
+
+
+def _plugged_in(scheme: str) -> type[ProviderConfig]:
+    """Return the configuration that another package has for a scheme."""
+    from importlib.metadata import entry_points  # some 30 ms: for those who need it only
+
+    points = entry_points(group=GROUP)
+    known = f"there are {', '.join(sorted({*BUILT_IN, *points.names}))}"
+    found = {point.value: point for point in points if point.name == scheme}
+    if not found:
+        raise ConfigurationError("provider", f"unknown scheme {scheme!r}; {known}")
+    if len(found) > 1:
+        raise ConfigurationError("provider", f"scheme {scheme!r} is announced twice: {' and '.join(sorted(found))}")
+    (point,) = found.values()
+    try:
+        cls = point.load()
+    except Exception as error:
+        raise ConfigurationError(
+            "provider",
+            f"{point.value}, for scheme {scheme!r}, cannot be imported ({type(error).__name__}: {error}); {known}",
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, ProviderConfig)) or getattr(cls, "scheme", None) != scheme:
+        raise ConfigurationError(
+            "provider", f"{point.value} is no subclass of ProviderConfig with the scheme {scheme!r}; {known}"
+        )
+    return cls
 
 
 def _parsed(name: str, text: str, hint: Any) -> Any:
