@@ -97,6 +97,14 @@ from queue_runtime.providers.base import (
     Receiver as Receiver,
     SessionReceiver as SessionReceiver,
 )
+from queue_runtime.retry import (
+    ExponentialRetry as ExponentialRetry,
+    FixedRetry as FixedRetry,
+    LinearRetry as LinearRetry,
+    NoRetry as NoRetry,
+    RetryPolicy as RetryPolicy,
+    retrying as retrying,
+)
 from queue_runtime.runtime import (
     RuntimeConfiguration as RuntimeConfiguration,
 )
@@ -115,6 +123,7 @@ from queue_runtime.sessions import (
 )
 
 __version__: str
+
 __all__ = [
     "Action",
     "AdaptiveBatchSizer",
@@ -141,14 +150,17 @@ __all__ = [
     "ConsumerStats",
     "DeadLetters",
     "Disposition",
+    "ExponentialRetry",
     "FailurePolicy",
     "FallbackKey",
     "FieldKey",
+    "FixedRetry",
     "Handler",
     "HandlerContext",
     "InMemoryConfig",
     "InvalidReceiptError",
     "Limits",
+    "LinearRetry",
     "Load",
     "MPCC",
     "MPCCStats",
@@ -160,6 +172,7 @@ __all__ = [
     "Middleware",
     "MultiProducerConcurrentConsumer",
     "NoKey",
+    "NoRetry",
     "PermissionDeniedError",
     "Provider",
     "ProviderConfig",
@@ -177,6 +190,7 @@ __all__ = [
     "RedriveResult",
     "RejectMessage",
     "RetryMessage",
+    "RetryPolicy",
     "RuntimeConfiguration",
     "ScalingConfig",
     "SerializationError",
@@ -195,4 +209,5 @@ __all__ = [
     "decode_envelope",
     "encode_envelope",
     "encode_envelope_into",
+    "retrying",
 ]

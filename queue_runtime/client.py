@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Literal, Self, cast
 
@@ -37,6 +38,8 @@ from queue_runtime.providers.base import (
     Receiver,
 )
 from queue_runtime.renewal import LockRenewer, LostCallback
+from queue_runtime.retry import Retrier
+from queue_runtime.sending import send
 from queue_runtime.sessions import Session, SessionKey, with_session
 from queue_runtime.settlement import Lane, Settler, failed, outcome_of, unexpected
 
@@ -66,6 +69,9 @@ class QueueClient:
     Use it as ``async with QueueClient(...) as client``, or call ``close()``. Until they are settled, the locks of
     received messages are renewed, for at most ``max_lock_renewal`` seconds of the configuration.
 
+    What fails for a passing reason is tried again as the configuration's ``retry`` says [C34], except ``receive`` and
+    ``accept_session``: who waits for messages calls again anyhow. ``close`` ends the pauses in between at once.
+
     Thread-safety: for one event loop; there, any number of tasks may use it at once [C23].
     """
 
@@ -86,6 +92,7 @@ class QueueClient:
         self._session_key_source: Literal["attributes", "body"] = session_key_source
         self.clock: Clock = SystemClock() if clock is None else clock
         self._provider: Provider = open_provider(self.config, self.clock)
+        self._retrier = Retrier(self.config.retry, self.clock)
         max_renewal = cast(float, self.config.max_lock_renewal)
         self._renewer = (
             LockRenewer(self.clock, max_renewal, self._locks_lost, is_settling=self._is_settling)
@@ -137,11 +144,13 @@ class QueueClient:
     async def send_message(self, queue_name: str, message: Message) -> str:
         """Send one message; return its id [C8].
 
-        Raises QueueNotFoundError, MessageTooLargeError or QueueFullError before anything is sent.
+        Raises QueueNotFoundError, MessageTooLargeError or QueueFullError before anything is sent. Where an attempt
+        got no answer, the next one may send the message twice: a ``deduplication_id`` helps where there is one.
         """
         self._check_open()
         _check_queue_name(queue_name)
-        outcome = (await self._provider.send(queue_name, (self._outgoing(message, "message"),)))[0]
+        outgoing = (self._outgoing(message, "message"),)
+        outcome = (await send(self._provider, self._retrier, queue_name, outgoing))[0]
         if outcome is not None:
             raise outcome
         return message.message_id
@@ -149,7 +158,9 @@ class QueueClient:
     async def send_messages(self, queue_name: str, messages: Iterable[Message]) -> list[str]:
         """Send many, split to the provider's limits; return their ids in input order [C9].
 
-        It is not atomic: when some are not accepted, BatchSendError tells the outcome of each, in input order.
+        It is not atomic: when some are not accepted, BatchSendError tells the outcome of each, in input order, as it
+        was after the last attempt. What was accepted is never sent again; so what fails alone and is sent again comes
+        after those that did not fail.
         A bad argument, a missing queue or a message that is too large is told before anything is sent.
         """
         self._check_open()
@@ -176,13 +187,13 @@ class QueueClient:
         Cancelling the call loses no message. Raises QueueNotFoundError.
         """
         _check_queue_name(queue_name)
-        lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes)
+        lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes, timeout)
         return await self.receive_on(lane, max_count, timeout)
 
     async def receive_message(self, queue_name: str, timeout: Seconds = 20.0) -> ReceivedMessage | None:
         """Return the next message, or None after ``timeout`` seconds."""
         _check_queue_name(queue_name)
-        lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes)
+        lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes, timeout)
         messages = await self.receive_on(lane, 1, timeout)
         return messages[0] if messages else None
 
@@ -203,12 +214,7 @@ class QueueClient:
         self, queue_name: str, max_count: int = 10, *, from_sequence_number: int = 0
     ) -> list[ReceivedMessage]:
         """Show messages in order of sequence number, without locking them or counting a delivery [C20]."""
-        self._check_open()
-        self.require("peek")
-        _check_queue_name(queue_name)
-        _check_count("max_count", max_count)
-        _check_sequence_number("from_sequence_number", from_sequence_number)
-        return await self._provider.peek(queue_name, max_count, from_sequence_number=from_sequence_number)
+        return await self._peek(queue_name, max_count, from_sequence_number, dead_letter=False)
 
     # Settling.
 
@@ -289,13 +295,13 @@ class QueueClient:
         """Return how many messages the queue holds, by state."""
         self._check_open()
         _check_queue_name(queue_name)
-        return await self._provider.counts(queue_name)
+        return await self._retrier.call(partial(self._provider.counts, queue_name))
 
     async def create_queue(self, queue_name: str) -> None:
         """Create the queue; do nothing when it is there."""
         self._check_open()
         _check_queue_name(queue_name)
-        await self._provider.create_queue(queue_name)
+        await self._retrier.call(partial(self._provider.create_queue, queue_name))
 
     async def close(self) -> None:
         """Settle what is under way, release every message still locked, and leave nothing behind [C23].
@@ -303,6 +309,7 @@ class QueueClient:
         Safe to call twice; a second caller waits for the first.
         """
         self._closed = True
+        self._retrier.close()
         async with self._closing:
             try:
                 if self._renewer is not None:
@@ -328,7 +335,7 @@ class QueueClient:
         """Send, asking for no session key: what comes back from the dead letters keeps the session that it had."""
         if not batch:
             return []
-        outcomes = await self._provider.send(queue_name, batch)
+        outcomes = await send(self._provider, self._retrier, queue_name, batch)
         if any(outcomes):
             raise BatchSendError(
                 [
@@ -340,20 +347,16 @@ class QueueClient:
 
     async def receive_dead_letters(self, queue_name: str, max_count: int, timeout: Seconds) -> list[ReceivedMessage]:
         """For ``DeadLetters``."""
-        lane = self._dead_letter_lanes.get(queue_name) or await self._open_lane(queue_name, self._dead_letter_lanes)
+        lane = self._dead_letter_lanes.get(queue_name) or await self._open_lane(
+            queue_name, self._dead_letter_lanes, timeout
+        )
         return await self.receive_on(lane, max_count, timeout)
 
     async def peek_dead_letters(
         self, queue_name: str, max_count: int, from_sequence_number: int
     ) -> list[ReceivedMessage]:
         """For ``DeadLetters``."""
-        self._check_open()
-        self.require("peek")
-        _check_count("max_count", max_count)
-        _check_sequence_number("from_sequence_number", from_sequence_number)
-        return await self._provider.peek(
-            queue_name, max_count, from_sequence_number=from_sequence_number, dead_letter=True
-        )
+        return await self._peek(queue_name, max_count, from_sequence_number, dead_letter=True)
 
     async def settle(self, receipt: Receipt, disposition: Disposition) -> Outcome:
         """Settle one message and return its outcome, for those who must not raise."""
@@ -409,6 +412,17 @@ class QueueClient:
         finally:
             await lane.receiver.close()
 
+    async def _peek(
+        self, queue_name: str, max_count: int, from_sequence_number: int, *, dead_letter: bool
+    ) -> list[ReceivedMessage]:
+        self._check_open()
+        self.require("peek")
+        _check_queue_name(queue_name)
+        _check_count("max_count", max_count)
+        _check_sequence_number("from_sequence_number", from_sequence_number)
+        peek = partial(self._provider.peek, from_sequence_number=from_sequence_number, dead_letter=dead_letter)
+        return await self._retrier.call(partial(peek, queue_name, max_count))
+
     def _watch(self, lane: Lane, messages: list[ReceivedMessage]) -> None:
         if messages and self._renewer is not None:
             self._renewer.watch(lane.receiver, [message.receipt for message in messages])
@@ -462,7 +476,12 @@ class QueueClient:
             return with_session(self._session_key, message, self._session_key_source)
         return message
 
-    async def _open_lane(self, queue_name: str, lanes: dict[str, Lane]) -> Lane:
+    async def _open_lane(self, queue_name: str, lanes: dict[str, Lane], timeout: Seconds | None = None) -> Lane:
+        """Return the lane of the queue, opened by the first who asks; try no longer than ``timeout`` seconds."""
+        within = math.inf if timeout is None else wait_seconds("timeout", timeout)
+        return await self._retrier.call(partial(self._try_to_open_lane, queue_name, lanes), within=within)
+
+    async def _try_to_open_lane(self, queue_name: str, lanes: dict[str, Lane]) -> Lane:
         self._check_open()
         async with self._opening:
             if queue_name not in lanes:
@@ -506,7 +525,7 @@ def _check_queue_name(queue_name: object) -> None:
     _valid_queue_name(queue_name)
 
 
-_valid_queue_name = functools.lru_cache(maxsize=1024)(QueueName)
+_valid_queue_name = lru_cache(maxsize=1024)(QueueName)
 
 
 def _check_count(field: str, count: object) -> None:

@@ -3,71 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, ClassVar, Literal, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from queue_runtime.errors import ConfigurationError, ValidationError
 from queue_runtime.message import QueueName
-
-Seconds = float | timedelta
-"""A duration: seconds, or a timedelta. Configurations keep it as seconds."""
-
-
-def seconds(field: str, value: object, *, minimum: float = 0.0, maximum: float = math.inf) -> float:
-    """Return a duration in seconds; raise ConfigurationError naming ``field`` when it is none or out of range."""
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigurationError(field, f"must be seconds or a timedelta, not {type(value).__name__}")
-    if not minimum <= value <= maximum or math.isinf(value):
-        limit = f"at least {minimum:g} s" if math.isinf(maximum) else f"from {minimum:g} to {maximum:g} s"
-        raise ConfigurationError(field, f"must be {limit}, not {value:g}")
-    return float(value)
-
-
-def wait_seconds(field: str, value: object) -> float:
-    """Return an argument that is a duration in seconds; raise ValidationError naming ``field`` when it is none."""
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValidationError(field, f"must be seconds or a timedelta, 0 or more, not {value!r}")
-    return float(value)
-
-
-def integer(field: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
-    """Return ``value``; raise ConfigurationError naming ``field`` when it is no whole number or out of range."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigurationError(field, f"must be a whole number, not {type(value).__name__}")
-    if value < minimum or (maximum is not None and value > maximum):
-        limit = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise ConfigurationError(field, f"must be {limit}, not {value}")
-    return value
-
-
-def share(field: str, value: object, *, minimum: float = 0.0) -> float:
-    """Return ``value``; raise ConfigurationError naming ``field`` when it is no number from ``minimum`` to 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigurationError(field, f"must be a number, not {type(value).__name__}")
-    if not minimum <= value <= 1.0:
-        raise ConfigurationError(field, f"must be from {minimum:g} to 1, not {value:g}")
-    return float(value)
-
-
-def choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigurationError(field, f"must be one of {', '.join(allowed)}, not {value!r}")
-
-
-def flag(field: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ConfigurationError(field, f"must be true or false, not {value!r}")
+from queue_runtime.retry import ExponentialRetry, RetryPolicy, checked_policy, policy_from
+from queue_runtime.settings import (
+    Seconds as Seconds,
+    choice as choice,
+    flag as flag,
+    integer as integer,
+    seconds as seconds,
+    share as share,
+    wait_seconds as wait_seconds,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +44,11 @@ class ProviderConfig:
     settle_batch_size, settle_interval, settle_concurrency:
         A batch of settlements goes out when it has so many messages or its oldest has waited so many seconds;
         so many batches of one receiver may be on their way at once.
-    settle_attempts:
-        How often a settlement that failed for a passing reason is tried in all.
+    retry:
+        When a send, a settlement, the opening of a link, a peek, a count or the creation of a queue is tried again
+        after a passing error [C34]. In plain settings: ``none``, ``fixed``, ``linear`` or ``exponential``, and more
+        where the defaults are not meant, such as ``fixed,delay=0.05,attempts=5``. A policy's deadline does not
+        hold for settlements, which end with the lock of their message.
 
     Raises ConfigurationError, which names the field.
     """
@@ -107,7 +65,7 @@ class ProviderConfig:
     settle_batch_size: int = 100
     settle_interval: Seconds = 0.005
     settle_concurrency: int = 4
-    settle_attempts: int = 3
+    retry: RetryPolicy = ExponentialRetry()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         integer("max_concurrency", self.max_concurrency, minimum=1)
@@ -117,7 +75,7 @@ class ProviderConfig:
         integer("settle_batch_size", self.settle_batch_size, minimum=1, maximum=10_000)
         self._set("settle_interval", seconds("settle_interval", self.settle_interval, minimum=0.0001, maximum=60.0))
         integer("settle_concurrency", self.settle_concurrency, minimum=1, maximum=1000)
-        integer("settle_attempts", self.settle_attempts, minimum=1, maximum=100)
+        checked_policy("retry", self.retry)
 
     def _set(self, field: str, value: object) -> None:
         object.__setattr__(self, field, value)
@@ -132,13 +90,16 @@ class ProviderConfig:
             raise ConfigurationError("settings", f"must be a mapping of names to values, not {type(settings).__name__}")
         hints = typing.get_type_hints(cls)
         fields = {field.name for field in dataclasses.fields(cls)}
-        values = {}
+        values: dict[str, Any] = {}
         for name, value in settings.items():
             if name not in fields:
                 raise ConfigurationError(
                     name, f"is no setting of {cls.__name__}; there are {', '.join(sorted(fields))}"
                 )
-            values[name] = _parsed(name, value, hints[name]) if isinstance(value, str) else value
+            if hints[name] is RetryPolicy and isinstance(value, str | Mapping):
+                values[name] = policy_from(name, value)
+            else:
+                values[name] = _parsed(name, value, hints[name]) if isinstance(value, str) else value
         return cls(**values)
 
     @classmethod

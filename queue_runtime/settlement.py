@@ -17,14 +17,12 @@ from queue_runtime.config import ProviderConfig
 from queue_runtime.errors import ClosedError, ProviderError, QueueRuntimeError
 from queue_runtime.message import Receipt
 from queue_runtime.providers.base import Disposition, Outcome, Receiver
+from queue_runtime.retry import pause_after
 
 logger = logging.getLogger("queue_runtime.settlement")
 
 SLOTS = 64
 """Lanes of one MPCC; with more receivers than that, another one is made."""
-FIRST_PAUSE = 0.1
-"""Seconds before the second attempt of a settlement, doubled for each further one, unless the error says longer."""
-
 
 Over = Callable[[int, Sequence[Receipt]], None]
 """Told (receiver_id, receipts) at once when there is nothing left to settle."""
@@ -186,10 +184,7 @@ class Settler:
         self._free.extend((group, slot) for slot in reversed(range(SLOTS)))
 
     def _pause_before_retry(self, error: BaseException, attempt: int) -> float | None:
-        if attempt >= self._config.settle_attempts or not (isinstance(error, QueueRuntimeError) and error.is_transient):
-            return None
-        pause: float = FIRST_PAUSE * 2 ** (attempt - 1)
-        return max(pause, error.retry_after or 0.0)
+        return pause_after(self._config.retry, attempt, error)
 
 
 async def _pump(items: list[_Item], slot: int, receivers: list[Receiver | None], cancellation: object) -> list[Outcome]:

@@ -28,10 +28,23 @@ from queue_runtime.errors import (
     ServiceUnavailableError,
 )
 from queue_runtime.message import Message, ReceivedMessage
+from queue_runtime.retry import ExponentialRetry, FixedRetry, LinearRetry, NoRetry, RetryPolicy
 
 QUEUE = "orders"
 NAN = float("nan")
 INF = float("inf")
+
+
+class Policy:
+    """Somebody's own."""
+
+    def __init__(self, attempts: object = 2, deadline: object = None) -> None:
+        self.attempts = attempts
+        self.deadline = deadline
+
+    def pause(self, attempt: int) -> float | None:
+        return None
+
 
 BAD: dict[str, list[object]] = {
     "max_concurrency": [0, -1, 1.5, True, "4", None],
@@ -41,7 +54,7 @@ BAD: dict[str, list[object]] = {
     "settle_batch_size": [0, 10_001, 1.0, True, None],
     "settle_interval": [0, 0.00009, 60.1, NAN, True, "1", timedelta(minutes=2)],
     "settle_concurrency": [0, 1001, 1.0, True],
-    "settle_attempts": [0, 101, 2.0, True],
+    "retry": [None, 3, ExponentialRetry, Policy(attempts=0), Policy(attempts=True), Policy(deadline=-1), {"first": -1}],
     "name": [None, 3, b"x"],
     "capacity": [0, -5, 1.0, True, None, "10"],
     "on_full": ["", "drop", None, True],
@@ -204,6 +217,57 @@ def test_settings_are_a_mapping(settings: Any) -> None:
 )
 def test_a_url(url: str, expected: ProviderConfig) -> None:
     assert config_from_url(url) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "policy"),
+    [
+        ("none", {"kind": "none"}, NoRetry()),
+        ("fixed", {"kind": "fixed"}, FixedRetry()),
+        ("linear", {"kind": "linear"}, LinearRetry()),
+        ("exponential", {}, ExponentialRetry()),
+        ("exponential,attempts=5", {"attempts": 5}, ExponentialRetry(attempts=5)),
+        (
+            "fixed,delay=.05,jitter=0.1,deadline=9",
+            {"kind": "fixed", "delay": 0.05, "jitter": "0.1", "deadline": timedelta(seconds=9)},
+            FixedRetry(delay=0.05, jitter=0.1, deadline=9),
+        ),
+        ("linear,step=2,longest=3", {"kind": "linear", "step": 2, "longest": 3}, LinearRetry(step=2, longest=3)),
+    ],
+)
+def test_retry_is_set_by_text_and_by_mapping(text: str, settings: dict[str, Any], policy: RetryPolicy) -> None:
+    """[C34] In a URL, in plain settings, and as an object."""
+    expected = InMemoryConfig(retry=policy)
+    assert config_from_url(f"memory://?retry={text}") == expected
+    assert InMemoryConfig.from_mapping({"retry": text}) == expected
+    assert InMemoryConfig.from_mapping({"retry": settings}) == expected
+    assert InMemoryConfig.from_mapping({"retry": policy}) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("", "must be one of none, fixed, linear, exponential"),
+        ("sometimes", "not 'sometimes'"),
+        ("fixed,", "cannot read ''"),
+        ("fixed,delay", "cannot read 'delay'"),
+        ("fixed,delay=1,delay=2", "cannot read 'delay=2'"),
+        ("fixed,delay=soon", "delay: cannot read 'soon'"),
+        ("fixed,delay=nan", "delay: must be at least 0 s"),
+        ("fixed,attempts=1.5", "attempts: cannot read '1.5'"),
+        ("fixed,attempts=0", "attempts: must be at least 1"),
+        ("none,attempts=2", "attempts: is no setting of none; there are none"),
+        ("linear,factor=2", "factor: is no setting of linear; there are step, longest"),
+        ({"kind": ["fixed"]}, "must be one of"),
+        ({"kind": "fixed", 3: 4}, "3: is no setting of fixed"),
+    ],
+)
+def test_a_bad_retry_is_refused_by_name(value: Any, problem: str) -> None:
+    """[C33]"""
+    with pytest.raises(ConfigurationError) as caught:
+        InMemoryConfig.from_mapping({"retry": value})
+    assert caught.value.field == "retry"
+    assert problem in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -470,7 +534,7 @@ CHANGES: dict[str, tuple[Probe, dict[str, Any], list[tuple[object, object]]]] = 
     "settle_batch_size": (settle_calls, {}, [(3, 4), (10, 1)]),
     "settle_interval": (settle_calls_over_time, {}, [(0.002, 2), (0.1, 1)]),
     "settle_concurrency": (settle_calls_at_once, {"settle_batch_size": 2}, [(1, 1), (3, 3)]),
-    "settle_attempts": (settle_tries, {"settle_interval": 0.001}, [(1, 1), (2, 2)]),
+    "retry": (settle_tries, {"settle_interval": 0.001}, [(NoRetry(), 1), (FixedRetry(attempts=2), 2)]),
     "name": (is_shared, {}, [("", False), ("config-test", True)]),
     "capacity": (accepted, {}, [(3, 3), (100, 5)]),
     "on_full": (when_full, {"capacity": 1}, [("raise", "raises"), ("wait", "waits")]),

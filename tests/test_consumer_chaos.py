@@ -17,6 +17,7 @@ from queue_runtime.errors import QueueRuntimeError, ServiceUnavailableError
 from queue_runtime.handling import ConsumerConfig, ConsumerObserver, RejectMessage, RetryMessage
 from queue_runtime.message import Message, ReceivedMessage
 from queue_runtime.providers.base import Action, Disposition
+from queue_runtime.retry import NoRetry
 
 QUEUE = "orders"
 SEEDS = 30
@@ -41,7 +42,7 @@ def settings(chance: random.Random) -> tuple[InMemoryConfig, ConsumerConfig]:
     return InMemoryConfig(
         settlement=pick(["auto", "batched"]),
         settle_interval=0.0005,
-        settle_attempts=1,
+        retry=NoRetry(),
         lock_duration=lock,
         session_lock_duration=pick([2.0, 30.0]),
         max_lock_renewal=pick([0.0, 5.0, 300.0]),

@@ -13,6 +13,7 @@ from queue_runtime.config import InMemoryConfig
 from queue_runtime.dlq import RedriveResult
 from queue_runtime.errors import ConnectionFailedError, QueueFullError, ValidationError
 from queue_runtime.message import Message, ReceivedMessage
+from queue_runtime.retry import NoRetry
 from queue_runtime.sessions import FieldKey
 
 QUEUE = "orders"
@@ -30,7 +31,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 async def client(recorder: Recorder, clock: ManualClock) -> AsyncIterator[QueueClient]:
-    async with QueueClient(InMemoryConfig(max_lock_renewal=0), clock=clock) as client:
+    async with QueueClient(InMemoryConfig(max_lock_renewal=0, retry=NoRetry()), clock=clock) as client:
         yield client
 
 

@@ -22,6 +22,7 @@ from queue_runtime.errors import (
 )
 from queue_runtime.message import Message, Receipt
 from queue_runtime.renewal import LockRenewer
+from queue_runtime.retry import NoRetry
 
 
 @pytest.fixture
@@ -414,7 +415,7 @@ async def test_the_client_keeps_the_lock_of_what_failed_for_a_passing_reason(
     """It may be settled again; settled for good it is renewed no more."""
     clock = ManualClock()
     recorder = wrap(monkeypatch)
-    async with QueueClient(InMemoryConfig(settle_attempts=1, settle_interval=0.001), clock=clock) as client:
+    async with QueueClient(InMemoryConfig(retry=NoRetry(), settle_interval=0.001), clock=clock) as client:
         await client.send_message("q", Message(body=b"x"))
         message = await client.receive_message("q", 0)
         assert message is not None

@@ -17,6 +17,7 @@ from queue_runtime.errors import InvalidReceiptError, ServiceUnavailableError
 from queue_runtime.message import Message, Receipt, ReceivedMessage
 from queue_runtime.providers.base import COMPLETE
 from queue_runtime.renewal import LockRenewer
+from queue_runtime.retry import NoRetry
 
 
 async def test_the_renewers_of_a_loop_and_a_clock_share_one_timer() -> None:
@@ -173,7 +174,7 @@ async def test_a_lock_lost_during_a_settlement_that_fails_is_told_after_it(recor
     """What could not be settled for a passing reason is watched again, and found lost."""
     clock = ManualClock()
     lost: list[Any] = []
-    async with QueueClient(InMemoryConfig(settle_attempts=1, **CONFIG), clock=clock) as client:
+    async with QueueClient(InMemoryConfig(retry=NoRetry(), **CONFIG), clock=clock) as client:
         client.on_locks_lost(lambda who, receipts, error: lost.append((receipts, type(error))))
         message = await received(client, recorder, clock)
         recorder.gate = asyncio.Event()

@@ -20,6 +20,7 @@ from queue_runtime.errors import (
 )
 from queue_runtime.message import Message, ReceivedMessage
 from queue_runtime.providers.base import Action
+from queue_runtime.retry import FixedRetry
 from queue_runtime.sessions import Session
 
 QUEUE = "orders"
@@ -136,9 +137,9 @@ async def test_a_call_that_fails_for_a_passing_reason_is_tried_again(client: Que
 
 
 async def test_attempts_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """settle_attempts counts the first one; then the caller is told the last error."""
+    """[C34] The policy's attempts count the first one; then the caller is told the last error."""
     recorder = wrap(monkeypatch)
-    async with QueueClient(InMemoryConfig(settle_attempts=2, settle_interval=0.001)) as client:
+    async with QueueClient(InMemoryConfig(retry=FixedRetry(attempts=2), settle_interval=0.001)) as client:
         errors = [ServiceUnavailableError(str(number)) for number in range(3)]
         recorder.settle_faults += map(fail, errors)
         (message,) = await received(client, 1)
