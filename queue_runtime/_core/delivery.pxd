@@ -18,6 +18,7 @@ cdef class ReceivedMessage:
     cdef double locked_until_time
     cdef object _sequence_number        # an int, or None: then `sequence` says
     cdef long long sequence             # -1 = none
+    cdef bytes _body                    # a copy that was asked for, of a body that the message holds as a view
     cdef readonly str dead_letter_reason
     cdef readonly str dead_letter_description
 

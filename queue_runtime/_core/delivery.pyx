@@ -3,8 +3,9 @@
 cimport cython
 from libc.math cimport INFINITY, NAN, isnan
 
+from queue_runtime._core.body cimport reader_over
 from queue_runtime._core.fields cimport as_instant, plain_text
-from queue_runtime._core.message cimport Message
+from queue_runtime._core.message cimport BODY, Message
 
 from queue_runtime.errors import InvalidReceiptError, ValidationError, shown
 
@@ -179,13 +180,23 @@ cdef class ReceivedMessage:
 
     @property
     def body(self):
-        """The payload."""
-        return self.whole().c_body()
+        """The payload as bytes. Where the message holds it as a view, this delivery keeps the one copy of it."""
+        cdef Message message = self.whole()
+        if self._body is not None:
+            return self._body
+        cdef bytes body = message.c_body()
+        if not message.built & BODY:
+            self._body = body
+        return body
 
     @property
     def body_view(self):
-        """A read-only memoryview of the payload, without a copy."""
-        return self.whole().body_view
+        """A read-only memoryview of the payload, without a copy; it may be kept for longer than the message."""
+        return self.whole().c_body_view()
+
+    def open_body(self):
+        """Return a binary file to read the payload from, without a copy of the whole; it may outlive the message."""
+        return reader_over(self.whole().c_body_view())
 
     @property
     def attributes(self):

@@ -2,9 +2,19 @@
 
 cimport cython
 from cpython.buffer cimport PyObject_CheckBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t
+from libc.string cimport memcmp
 
+from queue_runtime._core.body cimport (
+    VIEW_FROM,
+    copied_run,
+    file_body,
+    kept_view,
+    reader_over,
+    view_data,
+    view_size,
+)
 from queue_runtime._core.fields cimport (
     as_scheduled,
     as_timedelta,
@@ -31,6 +41,7 @@ cdef extern from "Python.h":
     bint PyBytes_CheckExact(object)
     object PyDictProxy_New(object mapping)
     object PyObject_GenericGetAttr(object owner, object name)
+    object PyPickleBuffer_FromObject(object)
 
 cdef object NO_ATTRIBUTES = MappingProxyType({})
 
@@ -59,7 +70,9 @@ cdef class Message:
     Parameters
     ----------
     body:
-        The payload. ``bytes`` are kept as they are; a ``bytearray`` or ``memoryview`` is copied.
+        The payload. ``bytes`` are kept as they are. A ``memoryview`` of 16 KiB or more over ``bytes`` or over a
+        read-only ``mmap`` is kept as a view, and with it all that it is a part of. Any other buffer, a ``bytearray``
+        for one, is copied once.
     attributes:
         A mapping of str to str: at most 256, with names of 1 to 1024 bytes in UTF-8. Copied; read back as a read-only mapping.
     message_id:
@@ -95,19 +108,26 @@ cdef class Message:
         time_to_live=None, scheduled_at=None, delay=None, deduplication_id=None,
     ):
         cdef Py_ssize_t size = 0
+        cdef uint32_t known = EVERY_FIELD
         if self.built or self.wire is not None:  # a second call of __init__
             raise TypeError("a Message is immutable; use replace() for a changed copy")
         self.built = TAKEN
         if PyBytes_CheckExact(body):
-            self._body = <bytes>body
+            self._body = body
+            size = PyBytes_GET_SIZE(body)
         elif isinstance(body, str) or not PyObject_CheckBuffer(body):
             raise ValidationError("body", f"must be bytes, bytearray or memoryview, not {type(body).__name__}")
         else:
             try:
-                self._body = bytes(memoryview(body))
+                self._body = kept_view(body)
+                if self._body is None:
+                    self._body = bytes(memoryview(body))
+                    size = PyBytes_GET_SIZE(self._body)
+                else:
+                    known ^= BODY | VIEW
+                    size = view_size(self._body)
             except (BufferError, ValueError) as error:
                 raise ValidationError("body", f"cannot be read: {error}") from None
-        size = len(self._body)
         if attributes is not None:
             self._attributes = checked_attributes(attributes, &size)
         if message_id is None:
@@ -144,7 +164,7 @@ cdef class Message:
             self.delay_us = duration_us(delay, "delay", 0)
         self._size = size
         # Last: a constructor that raised leaves an object that answers nothing.
-        self.built |= EVERY_FIELD
+        self.built |= known
 
     # For the core. The first test is the whole cost once a field exists.
 
@@ -169,11 +189,8 @@ cdef class Message:
             self._content_type = built_shared(wire_checked_run(wire + self.at[3]), ascii)
         elif field == DEDUPLICATION_ID:
             self._deduplication_id = built_text(wire_checked_run(wire + self.at[4]), ascii)
-        elif field == ATTRIBUTES:
-            self._attributes = built_attributes(wire + self.at[5], ascii)
         else:
-            body = wire_checked_run(wire + self.at[6])
-            self._body = PyBytes_FromStringAndSize(<const char *>body.data, body.size)
+            self._attributes = built_attributes(wire + self.at[5], ascii)
         # Last: two threads that look first at the same time both build, and both values are right.
         self.built |= field
         return 0
@@ -210,8 +227,39 @@ cdef class Message:
 
     cdef bytes c_body(self):
         if not self.built & BODY:
-            self.build(BODY)
-        return self._body
+            return self.read_body()
+        return <bytes>self._body
+
+    cdef bytes read_body(self):
+        cdef wire_text body
+        self.body_run(&body)
+        if body.size >= VIEW_FROM:
+            return copied_run(body.data, body.size)
+        cdef bytes copy = PyBytes_FromStringAndSize(<const char *>body.data, body.size)
+        self._body = copy
+        self.built |= BODY
+        return copy
+
+    cdef int body_run(self, wire_text *body) except -1:
+        if self.built & BODY:
+            body.data = <const uint8_t *>PyBytes_AS_STRING(self._body)
+            body.size = PyBytes_GET_SIZE(self._body)
+        elif self.built & VIEW:
+            body.data = view_data(self._body)
+            body.size = view_size(self._body)
+        else:
+            self.check_made()
+            body[0] = wire_checked_run(<const uint8_t *>PyBytes_AS_STRING(self.wire) + self.at[6])
+        return 0
+
+    cdef object c_body_view(self):
+        cdef wire_text body
+        cdef Py_ssize_t start
+        if self.built & (BODY | VIEW):
+            return memoryview(self._body)
+        self.body_run(&body)
+        start = body.data - <const uint8_t *>PyBytes_AS_STRING(self.wire)
+        return memoryview(self.wire)[start:start + <Py_ssize_t>body.size]
 
     cdef Py_ssize_t c_size(self) except -1:
         self.check_made()
@@ -226,6 +274,34 @@ cdef class Message:
         return self._attributes_view
 
     # For everybody.
+
+    @classmethod
+    def from_file(cls, path, **fields):
+        """Make a message whose body is the content of a file; from 16 KiB on, the file is mapped and not read.
+
+        The file may be renamed or deleted meanwhile. It must not be written to or truncated while the message or a
+        view of its body exists: a change shows in the body, and reading what was cut off kills the process (SIGBUS).
+        Mapped bytes are in the page cache, not in the process's own memory. No descriptor is kept.
+
+        Parameters
+        ----------
+        path:
+            A regular file.
+        fields:
+            The other fields, as the constructor takes them.
+
+        Raises
+        ------
+        OSError
+            When the file cannot be opened or mapped.
+        ValidationError
+            When it is no regular file, and as the constructor does.
+
+        Thread-safety: any thread may call it. It opens a file: keep it off the event loop where that may take long.
+        """
+        if "body" in fields:
+            raise ValidationError("body", "is the file's content, and cannot be given too")
+        return Message(body=file_body(path), **fields)
 
     def __getattribute__(self, name):
         # A short cut to the properties below: the search for a property costs more than most of them do.
@@ -249,19 +325,21 @@ cdef class Message:
 
     @property
     def body(self):
-        """The payload."""
+        """The payload as bytes.
+
+        Where a payload of 16 KiB or more is held as a view, or inside the envelope that it was decoded from, each look
+        makes a copy that is not kept: then look once, or use ``body_view`` or ``open_body()``.
+        """
         return self.c_body()
 
     @property
     def body_view(self):
-        """A read-only memoryview of the payload, without a copy: of a decoded message, on the bytes it came in."""
-        cdef wire_text body
-        cdef Py_ssize_t start
-        if self.built & BODY or self.wire is None:
-            return memoryview(self.c_body())
-        body = wire_checked_run(<const uint8_t *>PyBytes_AS_STRING(self.wire) + self.at[6])
-        start = body.data - <const uint8_t *>PyBytes_AS_STRING(self.wire)
-        return memoryview(self.wire)[start:start + <Py_ssize_t>body.size]
+        """A read-only memoryview of the payload, without a copy; it may be kept for longer than the message."""
+        return self.c_body_view()
+
+    def open_body(self):
+        """Return a binary file to read the payload from, without a copy of the whole; it may outlive the message."""
+        return reader_over(self.c_body_view())
 
     @property
     def attributes(self):
@@ -321,7 +399,7 @@ cdef class Message:
         ValidationError
             For a bad value, or for a name that is no field.
         """
-        fields = dict(zip(FIELD_NAMES, fields_of(self)))
+        fields = dict(zip(FIELD_NAMES, fields_of(self, shared_body(self))))
         for name in changes:
             if name not in fields:
                 raise ValidationError(name, "is not a field of Message")
@@ -346,7 +424,7 @@ cdef class Message:
             and self.c_content_type() == that.c_content_type()
             and self.c_deduplication_id() == that.c_deduplication_id()
             and self.c_attributes() == that.c_attributes()
-            and self.c_body() == that.c_body()
+            and same_body(self, that)
         )
 
     def __hash__(self):
@@ -356,10 +434,12 @@ cdef class Message:
         # Neither the body nor the attributes' values: either may be secret.
         if not self.built & EVERY_FIELD and self.wire is None:
             return "<Message made without its constructor>"
+        cdef wire_text body
+        self.body_run(&body)
         text = f"Message(message_id={self.c_message_id()!r}"
         if self.c_session_id() is not None:
             text += f", session_id={self.c_session_id()!r}"
-        return f"{text}, {self.body_view.nbytes} bytes, {len(self.attributes)} attributes)"
+        return f"{text}, {body.size} bytes, {len(self.attributes)} attributes)"
 
     def __copy__(self):
         return self
@@ -368,13 +448,36 @@ cdef class Message:
         return self
 
     def __reduce__(self):
-        return _restore_message, fields_of(self)
+        return _restore_message, fields_of(self, self.c_body())
+
+    def __reduce_ex__(self, protocol):
+        body = shared_body(self)
+        if PyBytes_CheckExact(body) or protocol < 5:
+            return self.__reduce__()
+        # No copy beside the pickle; and none at all for who passes buffers out of band.
+        return _restore_message, fields_of(self, PyPickleBuffer_FromObject(body))
 
 
-cdef tuple fields_of(Message self):
+cdef object shared_body(Message self):
+    """The body for another message: as it is, and a large one that is no bytes object as a view."""
+    cdef wire_text run
+    self.body_run(&run)
+    if self.built & BODY or run.size < VIEW_FROM:
+        return self.c_body()
+    return self.c_body_view()
+
+
+cdef bint same_body(Message one, Message other) except -1:
+    cdef wire_text a, b
+    one.body_run(&a)
+    other.body_run(&b)
+    return a.size == b.size and memcmp(a.data, b.data, a.size) == 0
+
+
+cdef tuple fields_of(Message self, object body):
     cdef dict attributes = self.c_attributes()
     return (
-        self.c_body(), attributes and attributes.copy(), self.c_message_id(), self.c_session_id(),
+        body, attributes and attributes.copy(), self.c_message_id(), self.c_session_id(),
         self.c_correlation_id(), self.c_content_type(), self.time_to_live, self.scheduled_at, self.delay,
         self.c_deduplication_id(),
     )

@@ -2,6 +2,7 @@
 #ifndef QR_PORT_H
 #define QR_PORT_H
 
+#include <errno.h>
 #include <stdalign.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -45,6 +46,22 @@ static inline void *qr_alloc_lines(size_t size) {
     return aligned_alloc(QR_LINE, (size + QR_LINE - 1) / QR_LINE * QR_LINE);
 }
 static inline void qr_free_lines(void *memory) { free(memory); }
+#endif
+
+/* A file's first bytes, mapped to be read. The descriptor may be closed afterwards: nothing of it is kept. Returns 0
+   or the errno. ENOSYS: not on this system. */
+#if defined(_WIN32)
+static inline int qr_map(int fd, size_t size, void **memory) { (void)fd, (void)size, (void)memory; return ENOSYS; }
+static inline void qr_unmap(void *memory, size_t size) { (void)memory, (void)size; }
+#else
+#include <sys/mman.h>
+static inline int qr_map(int fd, size_t size, void **memory) {
+    void *mapped = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
+    if (mapped == MAP_FAILED) return errno;
+    *memory = mapped;
+    return 0;
+}
+static inline void qr_unmap(void *memory, size_t size) { munmap(memory, size); }
 #endif
 
 #endif

@@ -324,8 +324,10 @@ static inline const uint8_t *wire_read_field(const wire_reader *r, const uint8_t
     return p;
 }
 
-/* Check a whole envelope in one pass. False: `fault` says what is wrong; `out` is then of no use. */
-static inline bool wire_check(const uint8_t *data, size_t size, wire_envelope *out, wire_fault *fault) {
+/* Check a whole envelope in one pass; the last `beyond` bytes of it, all of the body, are not at data + size but
+ * elsewhere, and are not looked at. False: `fault` says what is wrong; `out` is then of no use. */
+static inline bool wire_check_parts(const uint8_t *data, size_t size, size_t beyond, wire_envelope *out,
+                                    wire_fault *fault) {
     const wire_reader reader = {data, data + size, fault};
     const wire_reader *r = &reader;
     const uint8_t *p = data, *header;
@@ -334,7 +336,7 @@ static inline bool wire_check(const uint8_t *data, size_t size, wire_envelope *o
     int64_t version;
     out->ascii = 0;
     out->size = 0;
-    if ((uint64_t)size > WIRE_MAX_SIZE) return wire_fail(r, "envelope", "is larger than 4 GiB", p);
+    if ((uint64_t)size + beyond > WIRE_MAX_SIZE) return wire_fail(r, "envelope", "is larger than 4 GiB", p);
     if (size >= 2 && data[0] == (0x90 | WIRE_ELEMENTS) && data[1] == WIRE_VERSION) {
         p += 2;
     } else {
@@ -367,10 +369,21 @@ static inline bool wire_check(const uint8_t *data, size_t size, wire_envelope *o
     if (p == r->end) return wire_missing(r, "body");
     if (*p < 0xC4 || *p > 0xC6) return wire_fail(r, "body", "must be a bin", header);
     if (!(p = wire_number(r, header, "body", 1u << (*p - 0xC4), &length))) return false;
-    if (!(p = wire_run(r, p, header, "body", length, &text))) return false;
-    out->size += text.size;
-    if (p != r->end) return wire_fail(r, "envelope", "has bytes after its end", p);
+    if (beyond && p != r->end) return wire_fail(r, "body", "does not begin where it was found before", header);
+    uint64_t left = (uint64_t)(r->end - p) + beyond;
+    if (left < length) {
+        wire_fail(r, "body", "is cut off", header);
+        fault->claimed = length;
+        fault->left = left;
+        return false;
+    }
+    out->size += length;
+    if (left > length) return wire_fail(r, "envelope", "has bytes after its end", p + length);
     return true;
+}
+
+static inline bool wire_check(const uint8_t *data, size_t size, wire_envelope *out, wire_fault *fault) {
+    return wire_check_parts(data, size, 0, out, fault);
 }
 
 /* ---- reading what wire_check accepted: no bounds are looked at again ---- */
@@ -494,8 +507,9 @@ static inline uint8_t *wire_put_int(uint8_t *out, int64_t value) {
     return wire_put(out, (uint64_t)value, 1u << log);
 }
 
-/* Write the envelope; `out` has room for wire_measure(m) bytes. Return the end of what was written. */
-static inline uint8_t *wire_write(const wire_message *m, uint8_t *out) {
+/* Write the envelope up to the body's bytes; `out` has room for wire_measure(m) - m->body.size bytes. Return the end of
+ * what was written. */
+static inline uint8_t *wire_write_head(const wire_message *m, uint8_t *out) {
     *out++ = 0x90 | WIRE_ELEMENTS;
     *out++ = WIRE_VERSION;
     for (int i = WIRE_MESSAGE_ID; i <= WIRE_CONTENT_TYPE; i++) out = wire_put_text(out, m->text[i]);
@@ -512,8 +526,12 @@ static inline uint8_t *wire_write(const wire_message *m, uint8_t *out) {
     for (size_t i = 0; i < 2 * m->attribute_count; i++) out = wire_put_text(out, m->attributes[i]);
     unsigned log = m->body.size < 256 ? 0 : m->body.size < 65536 ? 1 : 2;
     *out++ = (uint8_t)(0xC4 + log);
-    out = wire_put(out, m->body.size, 1u << log);
-    return wire_put_run(out, m->body);
+    return wire_put(out, m->body.size, 1u << log);
+}
+
+/* Write the envelope; `out` has room for wire_measure(m) bytes. Return the end of what was written. */
+static inline uint8_t *wire_write(const wire_message *m, uint8_t *out) {
+    return wire_put_run(wire_write_head(m, out), m->body);
 }
 
 #endif
