@@ -23,6 +23,7 @@ _HOME = {
     "BatchSendError": "errors",
     "BatchSettleError": "errors",
     "BatchTooLargeError": "errors",
+    "BodyStore": "bodies",
     "Cancellation": "_core.outcome",
     "Capabilities": "providers.base",
     "CapabilityError": "errors",
@@ -91,12 +92,14 @@ _HOME = {
     "SessionNotFoundError": "errors",
     "SessionReceiver": "providers.base",
     "SlotOutOfRangeError": "errors",
+    "StoredBody": "bodies",
     "SystemClock": "clock",
     "ThrottledError": "errors",
     "ValidationError": "errors",
     "decode_envelope": "_core.envelope",
     "encode_envelope": "_core.envelope",
     "encode_envelope_into": "_core.envelope",
+    "encode_envelope_parts": "_core.envelope",
     "retrying": "retry",
 }
 """Every public name and the module that it lives in; ``__init__.pyi`` tells type checkers the same."""

@@ -6,6 +6,7 @@ from queue_runtime._core.envelope import (
     decode_envelope as decode_envelope,
     encode_envelope as encode_envelope,
     encode_envelope_into as encode_envelope_into,
+    encode_envelope_parts as encode_envelope_parts,
 )
 from queue_runtime._core.mpcc import (
     MPCC as MPCC,
@@ -14,6 +15,10 @@ from queue_runtime._core.mpcc import (
 from queue_runtime._core.outcome import (
     Cancellation as Cancellation,
     MPCCStats as MPCCStats,
+)
+from queue_runtime.bodies import (
+    BodyStore as BodyStore,
+    StoredBody as StoredBody,
 )
 from queue_runtime.client import (
     QueueClient as QueueClient,
@@ -135,6 +140,7 @@ __all__ = [
     "BatchSendError",
     "BatchSettleError",
     "BatchTooLargeError",
+    "BodyStore",
     "Cancellation",
     "Capabilities",
     "CapabilityError",
@@ -203,11 +209,13 @@ __all__ = [
     "SessionNotFoundError",
     "SessionReceiver",
     "SlotOutOfRangeError",
+    "StoredBody",
     "SystemClock",
     "ThrottledError",
     "ValidationError",
     "decode_envelope",
     "encode_envelope",
     "encode_envelope_into",
+    "encode_envelope_parts",
     "retrying",
 ]

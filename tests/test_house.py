@@ -18,7 +18,7 @@ FLOORS = [
     {"errors", "clock"},
     {"_core"},
     {"settings"},
-    {"message", "retry"},
+    {"message", "retry", "bodies"},
     {"config"},
     {"runtime"},
     {"providers.base"},
