@@ -20,6 +20,11 @@ from queue_runtime.bodies import (
     BodyStore as BodyStore,
     StoredBody as StoredBody,
 )
+from queue_runtime.breaker import (
+    BreakerConfig as BreakerConfig,
+    BreakerState as BreakerState,
+    CircuitBreaker as CircuitBreaker,
+)
 from queue_runtime.client import (
     QueueClient as QueueClient,
 )
@@ -141,9 +146,12 @@ __all__ = [
     "BatchSettleError",
     "BatchTooLargeError",
     "BodyStore",
+    "BreakerConfig",
+    "BreakerState",
     "Cancellation",
     "Capabilities",
     "CapabilityError",
+    "CircuitBreaker",
     "CircuitOpenError",
     "Clock",
     "ClosedError",

@@ -18,7 +18,7 @@ FLOORS = [
     {"errors", "clock"},
     {"_core"},
     {"settings"},
-    {"message", "retry", "bodies"},
+    {"message", "retry", "bodies", "breaker"},
     {"config"},
     {"runtime"},
     {"providers.base"},
