@@ -95,7 +95,13 @@ class QueueClient:
         self._retrier = Retrier(self.config.retry, self.clock)
         max_renewal = cast(float, self.config.max_lock_renewal)
         self._renewer = (
-            LockRenewer(self.clock, max_renewal, self._locks_lost, is_settling=self._is_settling)
+            LockRenewer(
+                self.clock,
+                max_renewal,
+                self._locks_lost,
+                is_settling=self._is_settling,
+                from_threads=self._provider.capabilities.renews_from_threads,
+            )
             if max_renewal
             else None
         )

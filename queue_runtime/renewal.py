@@ -1,164 +1,41 @@
 """Keeps the locks of received messages and held sessions alive [C21, C27].
 
-The clients of one event loop and clock share a scheduler: a heap of receivers by the time of their next renewal, one
-timer, and one call for all locks of a receiver that are due. A lock is watched from the moment its message was
-received, so a message that waits in a local buffer is covered like one in a handler.
+A renewer per client, one scheduler for all of an event loop, and one call for all locks of a receiver that are due. A
+lock is watched from the moment its message was received, so a message that waits in a local buffer is covered like one
+in a handler.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import logging
-import math
-import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
-from queue_runtime.clock import Clock, SystemClock, Timer
+from queue_runtime.clock import Clock
 from queue_runtime.errors import QueueRuntimeError, QueueTimeoutError, SessionLockLostError
 from queue_runtime.message import Receipt
 from queue_runtime.providers.base import Receiver, SessionReceiver
+from queue_runtime.schedule import (
+    LONGEST_CALL,
+    SAME,
+    TOGETHER,
+    Block,
+    Scheduler,
+    Term,
+    Watch,
+    first_term,
+    next_attempt,
+    scheduler_for,
+    session_term,
+)
 
 logger = logging.getLogger("queue_runtime.renewal")
 
 T = TypeVar("T")
 
-RENEW_AFTER = 0.5
-"""The share of a lock's duration after which it is renewed: early enough to try again before it ends."""
-TOGETHER = 0.1
-"""Locks that fall due within this share of the lock's duration are renewed in the same call."""
-SPREAD = TOGETHER
-"""The share of a session lock's duration over which first renewals are spread: sessions that were taken at the same
-time, or that fell due together while the loop was blocked, would ask the service at the same moment ever after.
-Not more than TOGETHER, so that the first messages of a session are still renewed with it."""
-LONGEST_CALL = 0.2
-"""The share of the lock's duration after which a renewal that has not come back is given up and tried again."""
-
-SAME = 0.005
-"""Messages received within this share of the lock's duration are treated as received together with the first."""
-MOST_STALE = 64
-"""Entries of the heap that are valid no more and stay in it, beside two for each receiver."""
-
 LostCallback = Callable[[int, Sequence[Receipt], QueueRuntimeError | None], None]
 """Told (receiver_id, receipts, error) when locks were lost; without an error, they were renewed for long enough."""
-
-
-@dataclass(slots=True)
-class _Term:
-    """When the locks of one delivery, or of a session, are renewed next, and when that ends for good.
-
-    By the monotonic clock: the ends that a service tells are by its own wall clock.
-    """
-
-    renew_at: float
-    ends_at: float
-    """The end of the locks as they are."""
-    give_up_at: float
-    is_last: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Watch:
-    """What is watched of one receiver."""
-
-    renewer: LockRenewer
-    receiver: Receiver
-    lock_duration: float
-    held: dict[Receipt, _Term] = field(default_factory=dict)
-    session: SessionReceiver | None = None
-    session_term: _Term | None = None
-    latest: _Term | None = None
-    latest_until: float = 0.0
-    """Until when what is received shares the latest term."""
-    due: float | None = None
-    """The time of its valid entry in the heap, None when it has none."""
-    task: asyncio.Task[None] | None = None
-    is_overdue: bool = False
-    """Whether the task's call is being given up."""
-
-    @property
-    def shortest(self) -> float:
-        """The duration of its shortest lock, in seconds."""
-        if self.session is None:
-            return self.lock_duration
-        return min(self.lock_duration, self.session.session_lock_duration)
-
-
-class _Scheduler:
-    """What the renewers of one event loop and clock share.
-
-    Thread-safety: for the event loop's thread only.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
-        self.loop = loop
-        self.clock = clock
-        self.renewers: set[LockRenewer] = set()
-        self._heap: list[tuple[float, int, _Watch]] = []
-        self._order = itertools.count()
-        self._timer: Timer | None = None
-        self._timer_due = 0.0
-
-    def schedule(self, watch: _Watch, due: float) -> None:
-        """Have the watch's renewer called at that time, and not at an earlier one that was told before."""
-        watch.due = due
-        heapq.heappush(self._heap, (due, next(self._order), watch))
-        if self._timer is None or due < self._timer_due:
-            self.arm()
-
-    def arm(self) -> None:
-        """See that the timer stands at the first valid entry, and that there is none without one."""
-        heap = self._heap
-        while heap and heap[0][2].due != heap[0][0]:
-            heapq.heappop(heap)
-        if self._timer is not None:
-            if heap and heap[0][0] == self._timer_due:
-                return
-            self._timer.cancel()
-            self._timer = None
-        if heap:
-            self._timer_due = heap[0][0]
-            self._timer = self.clock.call_later(max(0.0, self._timer_due - self.clock.monotonic()), self._tick)
-
-    def dropped(self) -> None:
-        """A watch was dropped: keep the heap in proportion to those that are left."""
-        if len(self._heap) > MOST_STALE:
-            watched = sum(len(renewer.watches) for renewer in self.renewers)
-            if len(self._heap) > 2 * watched + MOST_STALE:
-                self._heap = [entry for entry in self._heap if entry[2].due == entry[0]]
-                heapq.heapify(self._heap)
-
-    def leave(self, renewer: LockRenewer) -> None:
-        """Forget a renewer that has dropped all of its watches."""
-        self.renewers.discard(renewer)
-        self.arm()
-
-    def _tick(self) -> None:
-        self._timer = None
-        now = self.clock.monotonic()
-        while self._heap and self._heap[0][0] <= now:
-            due, _, watch = heapq.heappop(self._heap)
-            if watch.due == due:
-                watch.due = None
-                watch.renewer.due(watch)
-        self.arm()
-
-
-_schedulers: weakref.WeakValueDictionary[tuple[int, int], _Scheduler] = weakref.WeakValueDictionary()
-"""By the ids of the loop and of the clock; a scheduler keeps both alive, so that no id is taken again before."""
-
-
-def _scheduler_for(clock: Clock) -> _Scheduler:
-    """Return the scheduler of the running loop; every SystemClock is the same clock."""
-    loop = asyncio.get_running_loop()
-    key = (id(loop), 0 if type(clock) is SystemClock else id(clock))
-    scheduler = _schedulers.get(key)
-    if scheduler is None:
-        scheduler = _schedulers[key] = _Scheduler(loop, clock)
-    return scheduler
 
 
 class LockRenewer:
@@ -175,6 +52,8 @@ class LockRenewer:
     is_settling:
         Whether a settlement of this receipt is under way. What its renewal comes to then says nothing: a lock that
         is gone may have gone with its message.
+    from_threads:
+        Whether the receivers renew from threads: then locks outlast a handler that blocks the loop.
 
     Thread-safety: for the event loop's thread only.
     """
@@ -186,24 +65,31 @@ class LockRenewer:
         on_lost: LostCallback,
         *,
         is_settling: Callable[[Receipt], bool] | None = None,
+        from_threads: bool = False,
     ) -> None:
         self._clock = clock
         self._max_renewal = max_renewal
         self._on_lost = on_lost
         self._is_settling = is_settling or _is_not_settling
-        self.watches: dict[int, _Watch] = {}
-        self._scheduler: _Scheduler | None = None
+        self.watches: dict[int, Watch] = {}
+        self.from_threads = from_threads
+        self._scheduler: Scheduler | None = None
         self._closed = False
+
+    @property
+    def last_block(self) -> Block | None:
+        """The last time in which the event loop was blocked for so long that locks were in danger."""
+        return None if self._scheduler is None else self._scheduler.last_block
 
     def watch(self, receiver: Receiver, receipts: Sequence[Receipt]) -> None:
         """Renew the locks of these receipts from now on."""
         watch = self.watches.get(receiver.id)
         if watch is None:
-            watch = self._begin(_Watch(self, receiver, receiver.lock_duration))
+            watch = self._begin(Watch(self, receiver, receiver.lock_duration))
         now = self._clock.monotonic()
         term = watch.latest
         if term is None or now >= watch.latest_until:
-            term = watch.latest = _term(watch.lock_duration, now, now + self._max_renewal)
+            term = watch.latest = first_term(watch.lock_duration, now, now + self._max_renewal)
             watch.latest_until = now + watch.lock_duration * SAME
         held = watch.held
         for receipt in receipts:
@@ -213,8 +99,8 @@ class LockRenewer:
 
     def watch_session(self, receiver: SessionReceiver) -> None:
         """Renew the lock of this session until it is dropped."""
-        watch = self._begin(_Watch(self, receiver, receiver.lock_duration, session=receiver))
-        term = watch.session_term = _session_term(receiver, self._clock.monotonic(), spread=True)
+        watch = self._begin(Watch(self, receiver, receiver.lock_duration, session=receiver))
+        term = watch.session_term = session_term(receiver, self._clock.monotonic(), spread=True)
         self._schedule(watch, term.renew_at)
 
     def forget(self, receiver_id: int, receipts: Sequence[Receipt]) -> None:
@@ -246,7 +132,7 @@ class LockRenewer:
             self._scheduler = None
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def due(self, watch: _Watch) -> None:
+    def due(self, watch: Watch) -> None:
         """For the scheduler: the time that was asked for has come."""
         if watch.task is not None:
             watch.is_overdue = True
@@ -257,18 +143,18 @@ class LockRenewer:
             return
         self._schedule(watch, self._clock.monotonic() + watch.shortest * LONGEST_CALL)
 
-    def _begin(self, watch: _Watch) -> _Watch:
+    def _begin(self, watch: Watch) -> Watch:
         self.watches[watch.receiver.id] = watch
         if not self._closed and (self._scheduler is None or self._scheduler.loop.is_closed()):
-            self._scheduler = _scheduler_for(self._clock)
+            self._scheduler = scheduler_for(self._clock)
             self._scheduler.renewers.add(self)
         return watch
 
-    def _schedule(self, watch: _Watch, due: float) -> None:
+    def _schedule(self, watch: Watch, due: float) -> None:
         if self._scheduler is not None:
             self._scheduler.schedule(watch, due)
 
-    async def _renew(self, watch: _Watch) -> None:
+    async def _renew(self, watch: Watch) -> None:
         pause = 0.001
         try:
             session, term = watch.session, watch.session_term
@@ -290,7 +176,7 @@ class LockRenewer:
                     self._scheduler.schedule(watch, max(min(times), self._clock.monotonic() + pause))
                 self._scheduler.arm()  # no longer for the end of the call
 
-    async def _renew_session(self, watch: _Watch, session: SessionReceiver, term: _Term) -> bool:
+    async def _renew_session(self, watch: Watch, session: SessionReceiver, term: Term) -> bool:
         """Renew the session lock when it is due; say whether the session is still held."""
         duration = session.session_lock_duration
         began = self._clock.monotonic()
@@ -301,7 +187,7 @@ class LockRenewer:
         except QueueRuntimeError as error:
             now = self._clock.monotonic()
             if error.is_transient and now < term.ends_at:
-                watch.session_term = _next_attempt(term, now, duration)
+                watch.session_term = next_attempt(term, now, duration)
                 return True
             receipts = list(watch.held)
             watch.task = None  # this very task: drop must not cancel it
@@ -310,10 +196,10 @@ class LockRenewer:
             self._on_lost(session.id, receipts, lost)
             return False
         is_late = began > term.renew_at + duration * TOGETHER
-        watch.session_term = _session_term(session, self._clock.monotonic(), spread=is_late)
+        watch.session_term = session_term(session, self._clock.monotonic(), spread=is_late)
         return True
 
-    async def _renew_messages(self, watch: _Watch) -> None:
+    async def _renew_messages(self, watch: Watch) -> None:
         duration = watch.lock_duration
         now = self._clock.monotonic()
         horizon = now + duration * TOGETHER
@@ -328,7 +214,7 @@ class LockRenewer:
         except QueueRuntimeError as error:
             outcomes = [error] * len(due)
         after = self._clock.monotonic()
-        renewed: dict[float, _Term] = {}  # messages of one delivery go on sharing their term
+        renewed: dict[float, Term] = {}  # messages of one delivery go on sharing their term
         for receipt, outcome in zip(due, outcomes, strict=True):
             term = watch.held.get(receipt)
             if term is None:  # settled while its renewal was under way
@@ -336,14 +222,14 @@ class LockRenewer:
             if not isinstance(outcome, QueueRuntimeError):
                 again = renewed.get(term.give_up_at)
                 if again is None:
-                    again = renewed[term.give_up_at] = _term(duration, after, term.give_up_at)
+                    again = renewed[term.give_up_at] = first_term(duration, after, term.give_up_at)
                 watch.held[receipt] = again
             elif outcome.is_transient and after < term.ends_at:
-                watch.held[receipt] = _next_attempt(term, after, duration)
+                watch.held[receipt] = next_attempt(term, after, duration)
             else:
                 self._lose(watch, [receipt], outcome)
 
-    async def _in_time(self, watch: _Watch, call: Awaitable[T]) -> T:
+    async def _in_time(self, watch: Watch, call: Awaitable[T]) -> T:
         """Await a call of the watch's task; raise QueueTimeoutError when it is given up."""
         self._schedule(watch, self._clock.monotonic() + watch.shortest * LONGEST_CALL)
         try:
@@ -357,14 +243,14 @@ class LockRenewer:
         finally:
             watch.is_overdue = False
 
-    def _lose(self, watch: _Watch, receipts: list[Receipt], error: QueueRuntimeError | None) -> None:
+    def _lose(self, watch: Watch, receipts: list[Receipt], error: QueueRuntimeError | None) -> None:
         """Tell that these are lost, but for those whose settlement is under way: it will say what became of them."""
         lost = []
         for receipt in receipts:
             if self._is_settling(receipt):
                 term = watch.held[receipt]
                 again = self._clock.monotonic() + watch.lock_duration * TOGETHER
-                watch.held[receipt] = _Term(again, term.ends_at, term.give_up_at, term.is_last)
+                watch.held[receipt] = Term(again, term.ends_at, term.give_up_at, term.is_last)
             else:
                 watch.held.pop(receipt, None)
                 lost.append(receipt)
@@ -376,22 +262,3 @@ class LockRenewer:
 
 def _is_not_settling(receipt: Receipt) -> bool:
     return False
-
-
-def _term(duration: float, now: float, give_up_at: float) -> _Term:
-    renew_at, ends_at = now + duration * RENEW_AFTER, now + duration
-    if renew_at < give_up_at:
-        return _Term(renew_at, ends_at, give_up_at)
-    return _Term(ends_at, ends_at, give_up_at, True)
-
-
-def _session_term(session: SessionReceiver, now: float, *, spread: bool) -> _Term:
-    duration = session.session_lock_duration
-    # Multiples of the golden ratio fall evenly into the interval, however many there are (Knuth 3, 6.4, theorem S).
-    early = session.id * 0.6180339887498949 % 1.0 * SPREAD if spread else 0.0
-    return _Term(now + duration * (RENEW_AFTER - early), now + duration, math.inf)
-
-
-def _next_attempt(term: _Term, now: float, duration: float) -> _Term:
-    """After a renewal failed for a passing reason: try again soon, at the latest at the locks' end."""
-    return _Term(min(now + duration * TOGETHER, term.ends_at), term.ends_at, term.give_up_at)

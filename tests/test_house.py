@@ -15,7 +15,7 @@ CORE = PACKAGE / "_core"
 
 # From the cellar to the roof. A module imports from lower floors, and from its own only where this says so.
 FLOORS = [
-    {"errors", "clock"},
+    {"errors", "clock", "watchdog"},
     {"_core"},
     {"settings"},
     {"message", "retry", "bodies", "breaker"},
@@ -24,6 +24,7 @@ FLOORS = [
     {"providers.base"},
     {"providers.memory"},
     {"providers"},
+    {"schedule"},
     {"renewal", "sending", "settlement", "room", "scaling"},
     {"dlq", "sessions"},
     {"client"},

@@ -9,7 +9,7 @@ import pytest
 from locks import LOCK, Locks, Lost, SessionLocks, make, pending
 from wrapping import Recorder, fail, wrap
 
-from queue_runtime import renewal
+from queue_runtime import schedule
 from queue_runtime.client import QueueClient
 from queue_runtime.clock import ManualClock, SystemClock
 from queue_runtime.config import InMemoryConfig
@@ -52,16 +52,16 @@ async def test_another_clock_is_another_time() -> None:
 @pytest.mark.both_loops
 async def test_every_system_clock_is_the_same_clock() -> None:
     """And nothing is left of a scheduler that nobody uses."""
-    before = len(renewal._schedulers)
+    before = len(schedule._schedulers)
     renewers = [LockRenewer(SystemClock(), 100.0, lambda *lost: None) for _ in range(2)]
     for number, renewer in enumerate(renewers):
         locks = Locks(ManualClock(), number)
         renewer.watch(locks, locks.take(1))
     assert renewers[0]._scheduler is renewers[1]._scheduler
-    assert len(renewal._schedulers) == before + 1
+    assert len(schedule._schedulers) == before + 1
     for renewer in renewers:
         await renewer.close()
-    assert len(renewal._schedulers) == before
+    assert len(schedule._schedulers) == before
 
 
 def test_a_renewer_goes_on_where_its_loop_was_closed() -> None:

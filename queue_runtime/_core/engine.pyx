@@ -12,7 +12,7 @@ Two times go into each call: `now`, which never goes back, for locks, delays, ti
 
 cimport cython
 from cpython.list cimport PyList_GET_SIZE
-from cpython.mem cimport PyMem_Malloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from libc.math cimport INFINITY, NAN, fmax, isfinite
@@ -57,6 +57,12 @@ cdef enum:
 
 cdef int64_t LAST_NUMBER = <int64_t>1 << 42
 
+cdef struct Asked:
+    uint64_t token
+    bint is_token
+    bint is_renewed
+
+
 cdef long long links_made = 0
 
 
@@ -90,7 +96,8 @@ cdef class Engine(Ledger):
     max_message_size:
         Bytes of one message.
 
-    Thread-safety: one thread at a time.
+    Thread-safety: one thread at a time, but for ``renew_from_thread`` and ``renew_session_from_thread``, which any
+    thread may call at any time (the README's section on threads says why).
     """
 
     # Sending.
@@ -247,6 +254,21 @@ cdef class Engine(Ledger):
         self.extend(link.lane, now, wall)
         return link.locked_until
 
+    def renew_session_from_thread(self, Link link not None, double now, double wall):
+        """As ``renew_session``, from any thread, and without an advance: for while the engine's own is blocked."""
+        cdef Lane lane = link.lane
+        self.check_home(link)
+        if link.closed:
+            raise ClosedError("the receiver is closed")
+        if not lane.ordered:
+            raise ValidationError("link", "holds no session")
+        # From here to the last change nothing runs but C: no other thread sees it half done.
+        if link.lost or lane.lock_end <= now:
+            raise SessionLockLostError(lane.session_id)
+        # Never before the last in the chain: who waited for the interpreter's lock may bring an earlier time.
+        self.extend(lane, fmax(now, (<Lane>self.held.last).lock_end - self.session_lock_duration), wall)
+        return link.locked_until
+
     def get_state(self, Link link not None, double now, double wall):
         """Return the state of the link's session; None when there is none."""
         self.check_open(link, now, wall)
@@ -305,22 +327,31 @@ cdef class Engine(Ledger):
             None if entry.description == NULL else <str>entry.description,
         )
 
-    cdef Entry *find(self, Receipt receipt, Link link) noexcept:
-        """The entry that this receipt has locked through this link, or NULL."""
-        cdef uint64_t token
-        cdef Entry *entry
+    cdef bint read_token(self, Receipt receipt, Link link, uint64_t *token) noexcept:
+        """Unmask the receipt's token; false when it cannot be one of this link's."""
         if receipt.receiver_id != link.receiver_id or not PyLong_CheckExact(receipt.token):
-            return NULL
+            return False
         if receipt.queue_name is not self.name and receipt.queue_name != self.name:
-            return NULL
+            return False
         try:
-            token = PyLong_AsUnsignedLongLong(receipt.token) ^ self.secret
+            token[0] = PyLong_AsUnsignedLongLong(receipt.token) ^ self.secret
         except OverflowError:
-            return NULL
-        entry = index_find(&self.indexes[token >> COUNT_BITS & 1], <int64_t>(token >> (COUNT_BITS + 1)))
+            return False
+        return True
+
+    cdef Entry *locked_by(self, uint64_t token, Link link) noexcept:
+        """The entry whose delivery this is, if the link has it locked, or NULL."""
+        cdef Entry *entry = index_find(
+            &self.indexes[token >> COUNT_BITS & 1], <int64_t>(token >> (COUNT_BITS + 1))
+        )
         if entry == NULL or entry.link != <PyObject *>link:
             return NULL
         return entry if <uint64_t>entry.deliveries & COUNT_MASK == token & COUNT_MASK else NULL
+
+    cdef Entry *find(self, Receipt receipt, Link link) noexcept:
+        """The entry that this receipt has locked through this link, or NULL."""
+        cdef uint64_t token
+        return self.locked_by(token, link) if self.read_token(receipt, link, &token) else NULL
 
     cdef list check_receipts(self, Link link, receipts):
         cdef list listed = list(receipts)  # a copy: what was checked is what is used
@@ -393,6 +424,38 @@ cdef class Engine(Ledger):
             chain_append(&self.locks, entry, LINE)
             outcomes.append(wall + self.lock_duration)
         return outcomes
+
+    def renew_from_thread(self, Link link not None, receipts not None, double now, double wall):
+        """As ``renew``, from any thread, and without an advance: for while the engine's own is blocked."""
+        cdef list listed = self.check_receipts(link, receipts)
+        cdef Py_ssize_t count = PyList_GET_SIZE(listed)
+        cdef Py_ssize_t i
+        cdef Entry *entry
+        cdef double end
+        cdef Asked *asked = <Asked *>PyMem_Malloc((count + 1) * sizeof(Asked))
+        if asked == NULL:
+            raise MemoryError
+        try:
+            for i in range(count):
+                asked[i].is_token = self.read_token(<Receipt>listed[i], link, &asked[i].token)
+                asked[i].is_renewed = False
+            # From here to the last change nothing runs but C: no other thread sees it half done.
+            end = now + self.lock_duration
+            if self.locks.last != NULL:  # who waited for the interpreter's lock may bring an earlier time
+                end = fmax(end, self.locks.last.lock_end)
+            for i in range(count):
+                entry = self.locked_by(asked[i].token, link) if asked[i].is_token else NULL
+                if entry != NULL and entry.lock_end > now:
+                    chain_remove(&self.locks, entry, LINE)
+                    entry.lock_end = end
+                    chain_append(&self.locks, entry, LINE)
+                    asked[i].is_renewed = True
+            return [
+                wall + self.lock_duration if asked[i].is_renewed else self.refusal(link, listed[i])
+                for i in range(count)
+            ]
+        finally:
+            PyMem_Free(asked)
 
     # Looking.
 

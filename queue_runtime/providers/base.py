@@ -33,6 +33,8 @@ class Capabilities:
     max_delay: float | None
     settles_in_process: bool = False
     """Settling is a call in this process's memory: batching it would only cost time."""
+    renews_from_threads: bool = False
+    """Locks can be renewed from another thread while the event loop is blocked."""
 
 
 class Action(enum.Enum):
@@ -118,6 +120,13 @@ class Receiver(Protocol):
         """Extend the locks and return for each, in order, the new end of its lock (epoch seconds) or the error."""
         ...
 
+    def renew_from_thread(self, receipts: Sequence[Receipt]) -> Sequence[float | QueueRuntimeError]:
+        """As ``renew``, called on another thread while the event loop is blocked; it may begin to turn meanwhile.
+
+        Only where the provider ``renews_from_threads``.
+        """
+        ...
+
     async def close(self) -> None:
         """Release every message that is still locked, at once; whoever waits in ``receive`` gets a ClosedError."""
         ...
@@ -141,6 +150,10 @@ class SessionReceiver(Receiver, Protocol):
 
     async def renew_session(self) -> float:
         """Extend the session lock; return its new end in epoch seconds. Raises SessionLockLostError."""
+        ...
+
+    def renew_session_from_thread(self) -> float:
+        """As ``renew_session``, called on another thread. Only where the provider ``renews_from_threads``."""
         ...
 
     async def get_state(self) -> bytes | None: ...

@@ -273,6 +273,7 @@ class InMemoryProvider:
             max_message_size=config.max_message_size,
             max_delay=None,
             settles_in_process=True,
+            renews_from_threads=True,
         )
         for name in config.queues:
             self._broker.create(name)
@@ -390,7 +391,8 @@ class InMemoryProvider:
 class InMemoryReceiver:
     """A link to a queue's messages without a session, or to its dead letters.
 
-    Thread-safety: for one event loop's thread only; there, any number of tasks may use it at once.
+    Thread-safety: for one event loop's thread only; there, any number of tasks may use it at once. Another thread may
+    renew, by ``renew_from_thread``.
     """
 
     __slots__ = ("_broker", "_engine", "_line", "_link", "_now", "_peers", "_queue", "_waits", "_wall", "id")
@@ -479,6 +481,9 @@ class InMemoryReceiver:
         self._changed()
         return ends
 
+    def renew_from_thread(self, receipts: Sequence[Receipt]) -> list[float | QueueRuntimeError]:
+        return self._engine.renew_from_thread(self._link, receipts, self._now(), self._wall())
+
     async def close(self) -> None:
         self._peers.discard(self)
         self._engine.close_link(self._link, self._now(), self._wall())
@@ -511,6 +516,9 @@ class InMemorySessionReceiver(InMemoryReceiver):
     async def renew_session(self) -> float:
         self._bind()
         return self._engine.renew_session(self._link, self._now(), self._wall())
+
+    def renew_session_from_thread(self) -> float:
+        return self._engine.renew_session_from_thread(self._link, self._now(), self._wall())
 
     async def get_state(self) -> bytes | None:
         self._bind()

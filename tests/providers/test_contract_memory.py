@@ -36,6 +36,7 @@ class MemoryHarness(Harness):
         max_message_size=1_048_576,
         max_delay=None,
         settles_in_process=True,
+        renews_from_threads=True,
     )
     lock_duration = 30.0
     unit = 5.0
