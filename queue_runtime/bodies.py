@@ -6,20 +6,28 @@ them and read them again, so they do not count as the process's own memory, and 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
 import secrets
+import tempfile
+import threading
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from queue_runtime._core.body import map_file
+from queue_runtime._core.body import Mapping, map_file
 from queue_runtime.errors import ProviderError, ValidationError
+from queue_runtime.message import Message
 
 _CHUNK = 1 << 20
 """Bytes of one write: the checksum of a chunk is taken while it is in the processor's cache."""
+_SEGMENT = 64 << 20
+"""Bytes of one file of a spill. Its space is given back when the last message with a body in it is gone."""
+_ALIGNED = 64
+"""Bodies in a spill begin at multiples of this, for those who read numbers in them."""
 _WHOLE = ".body"
 _PARTIAL = ".partial"
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -50,14 +58,18 @@ def _failed(doing: str, directory: Path, error: OSError) -> ProviderError:
     return ProviderError("memory", code, f"cannot {doing} in {directory}: {why}{_HINTS.get(code, '')}", transient)
 
 
-def _write(fd: int, body: memoryview) -> int:
+def _write(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _write_summed(fd: int, body: memoryview) -> int:
     """Write all of it; return its checksum."""
     crc = 0
     for start in range(0, len(body), _CHUNK):
         chunk = body[start : start + _CHUNK]
         crc = zlib.crc32(chunk, crc)
-        while chunk:
-            chunk = chunk[os.write(fd, chunk) :]
+        _write(fd, chunk)
     return crc
 
 
@@ -127,7 +139,7 @@ class BodyStore:
         fd = os.open(partial, _CREATE, 0o600)
         try:
             try:
-                crc = _write(fd, body)
+                crc = _write_summed(fd, body)
                 if sync:
                     os.fsync(fd)
             finally:
@@ -207,3 +219,115 @@ class BodyStore:
         if not name.endswith((_WHOLE, _PARTIAL)) or os.path.basename(name) != name:
             raise ValidationError("name", f"is not of a stored body: {name!r}")
         return self.directory / name
+
+
+class _Segment:
+    """A file without a name, mapped as a whole; it is gone when neither this nor any view of its bodies is left."""
+
+    __slots__ = ("_at", "_fd", "_size", "_view")
+
+    def __init__(self, directory: Path, size: int) -> None:
+        self._fd = -1
+        self._fd, path = tempfile.mkstemp(".queue-runtime", dir=directory)
+        os.unlink(path)
+        os.truncate(self._fd, size)  # of holes: what is not written takes no space
+        self._view = map_file(self._fd, size)
+        self._size = size
+        self._at = 0
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def has_room(self, size: int) -> bool:
+        return self._at + size <= self._size
+
+    def write(self, body: memoryview) -> memoryview:
+        start = self._at
+        os.lseek(self._fd, start, os.SEEK_SET)
+        _write(self._fd, body)
+        end = start + len(body)
+        self._at = -(-end // _ALIGNED) * _ALIGNED
+        return self._view[start:end]
+
+
+class Spill:
+    """Moves large bodies out of memory: one after another into files that have no name and end with the process.
+
+    A message whose body is in a mapped file already, from ``Message.from_file`` or from here, stays as it is.
+
+    Parameters
+    ----------
+    threshold:
+        Bytes from which a body is moved.
+    directory:
+        Made when it is not there. It must be on a disk: where ``/tmp`` is in memory, nothing would be gained by it.
+        None: ``TMPDIR`` if that is set, else ``/var/tmp``, which is on a disk by custom, else the system's choice.
+
+    Thread-safety: ``moved`` for one event loop's thread at a time; ``move`` for any thread.
+    """
+
+    def __init__(
+        self, threshold: int, directory: str | os.PathLike[str] | None = None, *, segment_size: int = _SEGMENT
+    ) -> None:
+        self._threshold = threshold
+        self._directory = None if directory is None else Path(directory)
+        self._segment_size = segment_size
+        self._segment: _Segment | None = None
+        self._writing = threading.Lock()
+        self._turn = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def takes(self, message: Message) -> bool:
+        """Whether the message's body is to be moved."""
+        if message.size < self._threshold:
+            return False
+        view = message.body_view
+        return len(view) >= self._threshold and not isinstance(view.obj, Mapping)
+
+    def concerns(self, messages: Sequence[Message]) -> bool:
+        """Whether these have to go through ``moved``: for their bodies, or so that they overtake none."""
+        return self._turn.locked() or any(map(self.takes, messages))
+
+    async def moved(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the messages with their large bodies as views of a file; calls return in their order.
+
+        The disk is waited for in a thread of the event loop's own executor. Raises ProviderError as ``BodyStore`` does;
+        then none of the messages was moved.
+        """
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._turn = loop, asyncio.Lock()
+        async with self._turn:
+            if any(map(self.takes, messages)):
+                return await loop.run_in_executor(None, self.move, messages)
+            return messages
+
+    def move(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The same, and wait for the disk."""
+        with self._writing:
+            try:
+                return [self._move(message) if self.takes(message) else message for message in messages]
+            except OSError as error:
+                raise _failed("move a large body to a file", self._place(), error) from error
+
+    def _move(self, message: Message) -> Message:
+        body = message.body_view
+        segment = self._segment
+        if segment is None or not segment.has_room(len(body)):
+            directory = self._place()
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._segment = segment = _Segment(directory, max(self._segment_size, len(body)))
+        return message.replace(body=segment.write(body))
+
+    def _place(self) -> Path:
+        if self._directory is not None:
+            return self._directory
+        custom = Path("/var/tmp")
+        if "TMPDIR" not in os.environ and custom.is_dir():
+            return custom
+        return Path(tempfile.gettempdir())
+
+    def close(self) -> None:
+        """Begin no further body in the present file, so that it ends with the messages that have theirs in it."""
+        self._segment = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from queue_runtime._core.body import SMALLEST_VIEW
 from queue_runtime.errors import ConfigurationError, ValidationError
 from queue_runtime.message import QueueName
 from queue_runtime.retry import ExponentialRetry, RetryPolicy, checked_policy, policy_from
@@ -19,6 +20,7 @@ from queue_runtime.settings import (
     choice as choice,
     flag as flag,
     integer as integer,
+    path as path,
     seconds as seconds,
     share as share,
     wait_seconds as wait_seconds,
@@ -138,6 +140,13 @@ class InMemoryConfig(ProviderConfig):
         Seconds for which a deduplication id is remembered; 0 remembers none.
     max_message_size:
         Bytes of one message, as ``Message.size`` counts them.
+    body_file_threshold:
+        Bytes from which a body is moved out of memory into a file, so that a queue of large messages does not fill the
+        memory; at least 16384. It is delivered as a view of the mapped file: read it by ``body_view`` or
+        ``open_body()``, which copy nothing. None: every body stays where it is.
+    body_directory:
+        Where these files are, on a disk; they have no names, and end with their messages or with the process. None:
+        ``TMPDIR`` if that is set, else ``/var/tmp``, else the system's choice.
     """
 
     scheme: ClassVar[str] = "memory"
@@ -154,6 +163,8 @@ class InMemoryConfig(ProviderConfig):
     dead_letter_on_expiration: bool = False
     deduplication_window: Seconds = 300.0
     max_message_size: int = 1_048_576
+    body_file_threshold: int | None = None
+    body_directory: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         ProviderConfig.__post_init__(self)
@@ -174,6 +185,12 @@ class InMemoryConfig(ProviderConfig):
         flag("dead_letter_on_expiration", self.dead_letter_on_expiration)
         self._set("deduplication_window", seconds("deduplication_window", self.deduplication_window))
         integer("max_message_size", self.max_message_size, minimum=1)
+        if self.body_file_threshold is not None:
+            integer("body_file_threshold", self.body_file_threshold, minimum=SMALLEST_VIEW)
+        if self.body_directory is not None:
+            self._set("body_directory", path("body_directory", self.body_directory))
+            if self.body_file_threshold is None:
+                raise ConfigurationError("body_directory", "is used with body_file_threshold only; set that too")
 
     @classmethod
     def for_high_throughput(cls, **changes: Any) -> Self:

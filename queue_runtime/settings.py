@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from datetime import timedelta
 
 from queue_runtime.errors import ConfigurationError, ValidationError
@@ -59,3 +60,11 @@ def choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
 def flag(field: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ConfigurationError(field, f"must be true or false, not {value!r}")
+
+
+def path(field: str, value: object) -> str:
+    """Return a path as a text; raise ConfigurationError naming ``field`` when it is none, or empty."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:
+        raise ConfigurationError(field, f"must be a path, not {value!r}")
+    return text

@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import os
 import pickle
+import tempfile
 from collections.abc import Callable, Coroutine
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,7 +69,10 @@ BAD: dict[str, list[object]] = {
     "dead_letter_on_expiration": [None, 0, "no"],
     "deduplication_window": [-1, NAN, INF, True, "5"],
     "max_message_size": [0, -1, 1.0, True],
+    "body_file_threshold": [0, 16383, -1, 1e6, True],
+    "body_directory": ["", 5, b"/tmp", "/tmp", True],  # without a threshold, a good one too
 }
+TEMPORARY = str(Path(tempfile.gettempdir()).resolve())
 FIELDS = [field.name for field in dataclasses.fields(InMemoryConfig)]
 
 
@@ -191,7 +197,7 @@ def test_a_text_that_cannot_be_read_is_refused_by_name(field: str, text: str) ->
 
 
 def test_an_unknown_setting_is_told_what_there_is() -> None:
-    with pytest.raises(ConfigurationError, match="auto_create, capacity, dead_letter"):
+    with pytest.raises(ConfigurationError, match="capacity, dead_letter_on_expiration"):
         InMemoryConfig.from_mapping({"capcity": 5})
 
 
@@ -525,6 +531,25 @@ async def takes_a_kilobyte(config: InMemoryConfig, clock: ManualClock) -> bool:
         return True
 
 
+async def holder_of_a_body(config: InMemoryConfig, clock: ManualClock) -> str:
+    """What holds 20 000 bytes after they were sent."""
+    async with QueueClient(config, clock=clock) as client:
+        await client.send_message(QUEUE, Message(body=bytes(20_000)))
+        message = await client.receive_message(QUEUE, 0)
+        assert message is not None
+        return type(message.body_view.obj).__name__
+
+
+async def directory_of_a_body(config: InMemoryConfig, clock: ManualClock) -> str:
+    """Where the file is that 20 000 bytes are in after they were sent."""
+    gc.collect()  # the files of clients before
+    async with QueueClient(config, clock=clock) as client:
+        await client.send_message(QUEUE, Message(body=bytes(20_000)))
+        mapped = await asyncio.to_thread(Path("/proc/self/maps").read_text)
+        (line,) = (line for line in mapped.splitlines() if line.endswith(".queue-runtime (deleted)"))
+        return str(Path(line[line.index("/") :]).parent)
+
+
 Probe = Callable[[InMemoryConfig, ManualClock], Coroutine[Any, Any, object]]
 CHANGES: dict[str, tuple[Probe, dict[str, Any], list[tuple[object, object]]]] = {
     "max_concurrency": (most_at_once, {}, [(1, 1), (3, 3)]),
@@ -546,6 +571,12 @@ CHANGES: dict[str, tuple[Probe, dict[str, Any], list[tuple[object, object]]]] = 
     "dead_letter_on_expiration": (dead_after_its_time, {}, [(False, 0), (True, 1)]),
     "deduplication_window": (twice_in_ten_seconds, {}, [(0, 2), (5, 2), (60, 1)]),
     "max_message_size": (takes_a_kilobyte, {}, [(1000, False), (2000, True)]),
+    "body_file_threshold": (holder_of_a_body, {}, [(None, "bytes"), (20_001, "bytes"), (20_000, "Mapping")]),
+    "body_directory": (
+        directory_of_a_body,
+        {"body_file_threshold": 20_000},
+        [(directory, directory) for directory in (TEMPORARY, f"{TEMPORARY}/queue-runtime-test")],
+    ),
 }
 
 

@@ -25,6 +25,8 @@ cdef extern from "port.h" nogil:
 cdef extern from "errno.h":
     int ENOSYS
 
+SMALLEST_VIEW = VIEW_FROM
+
 # Copying so much takes longer than letting other threads run, and their taking the lock back.
 cdef enum:
     COPY_APART = 1 << 20

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from queue_runtime._core import engine as core
 from queue_runtime._core.engine import Engine
 from queue_runtime._core.ledger import Link
+from queue_runtime.bodies import Spill
 from queue_runtime.clock import Clock, SystemClock, Timer
 from queue_runtime.config import InMemoryConfig
 from queue_runtime.errors import (
@@ -56,6 +57,7 @@ _SHARED_SETTINGS = (
     "deduplication_window",
     "max_message_size",
 )
+_BODY_SETTINGS = ("body_file_threshold", "body_directory")
 _SHORTEST_TIMER = 0.001
 """Seconds: what is due sooner is rounded up, so that a timer of millisecond steps (uvloop's) cannot spin."""
 _EARLY = 1e-6
@@ -198,6 +200,9 @@ class _Broker:
         self.users = 0
         """Providers that are open."""
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.spill: Spill | None = None
+        if config.body_file_threshold is not None:
+            self.spill = Spill(config.body_file_threshold, config.body_directory)
 
     def create(self, queue_name: str) -> _Queue:
         name = str(QueueName(queue_name))
@@ -226,7 +231,7 @@ def _broker_for(config: InMemoryConfig, clock: Clock) -> _Broker:
     if broker is None:
         broker = _shared[config.name] = _Broker(config, clock)
         return broker
-    for setting in _SHARED_SETTINGS:
+    for setting in (*_SHARED_SETTINGS, *_BODY_SETTINGS):
         if getattr(config, setting) != getattr(broker.config, setting):
             raise ConfigurationError(
                 setting, f"memory://{config.name} is in use with {getattr(broker.config, setting)!r}; give the same"
@@ -302,6 +307,10 @@ class InMemoryProvider:
         engine = queue.engine
         clock = self._clock
         engine.check(messages)
+        spill = self._broker.spill
+        if spill is not None and spill.concerns(messages):
+            messages = await spill.moved(messages)
+            queue = self._queue(queue_name)  # raises when the provider was closed meanwhile
         taken = 0
         if not (queue.senders.waiting or queue.senders.woken):  # nobody passes those who wait for room
             taken = engine.send(messages, 0, clock.monotonic(), clock.time())
@@ -381,6 +390,8 @@ class InMemoryProvider:
             self._closed = True
             self._broker.users -= 1
             if not self._broker.users:
+                if self._broker.spill is not None:
+                    self._broker.spill.close()
                 _shared.pop(self._config.name, None)
         for receiver in list(self._receivers):
             await receiver.close()
