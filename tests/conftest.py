@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, settings
 import queue_runtime
 from queue_runtime.clock import settle_tasks
 
+pytest_plugins = ["remote.fixtures"]
+
 settings.register_profile(
     "here",
     # A client is opened in each example; the machine of CI is slow at times, and a slow example is no failure.

@@ -1,0 +1,1 @@
+"""A broker in a process of its own, and the provider that reaches it: for tests and benches, not for users."""
