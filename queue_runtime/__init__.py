@@ -84,6 +84,7 @@ _HOME = {
     "RetryMessage": "handling",
     "RetryPolicy": "retry",
     "RuntimeConfiguration": "runtime",
+    "Scaler": "scaling",
     "ScalingConfig": "scaling",
     "SerializationError": "errors",
     "ServiceUnavailableError": "errors",

@@ -121,6 +121,7 @@ from queue_runtime.runtime import (
 from queue_runtime.scaling import (
     Limits as Limits,
     Load as Load,
+    Scaler as Scaler,
     ScalingConfig as ScalingConfig,
 )
 from queue_runtime.sessions import (
@@ -206,6 +207,7 @@ __all__ = [
     "RetryMessage",
     "RetryPolicy",
     "RuntimeConfiguration",
+    "Scaler",
     "ScalingConfig",
     "SerializationError",
     "ServiceUnavailableError",
