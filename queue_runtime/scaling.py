@@ -161,6 +161,10 @@ SLOWER = 2.0
 """How many times as long handlers take, at the same throughput, for such a trial."""
 MEMORY = 5
 """Intervals that are averaged to know how things are."""
+CLOSE = 6
+"""How often each handler has ended before a small change is judged: handlers that began together end in bursts."""
+DOUBT = 2.0
+"""Standard deviations by which a throughput must differ from another to be believed."""
 MOST_HOLDS = 4
 """How often the hold is doubled."""
 
@@ -245,16 +249,14 @@ class _Trial:
     was: _Measure
     counts_from: float
     """The time from which on it is measured: when what began before has ended."""
-    enough: float
-    """Seconds to measure."""
     seen: _Measure
 
-    def gain(self) -> tuple[float, float]:
+    def gain(self, was: _Measure) -> tuple[float, float]:
         """Return how the throughput changed, as a ratio, and its uncertainty: counts vary by their square root."""
-        if not self.was.ended:
+        if not was.ended:
             return math.inf, 0.0
         ended = max(self.seen.ended, 1.0)
-        return self.seen.rate / self.was.rate, math.sqrt(1 / self.was.ended + 1 / ended)
+        return self.seen.rate / was.rate, DOUBT * math.sqrt(1 / was.ended + 1 / ended)
 
 
 class _Ceiling:
@@ -266,10 +268,11 @@ class _Ceiling:
         self.limit: int | None = None
         self._until = 0.0
 
-    def set(self, now: float, limit: int) -> None:
+    def set(self, now: float, limit: int, *, has_failed: bool = True) -> None:
         self.limit = limit
         self._until = now + self._hold * 2.0**self._times
-        self._times = min(self._times + 1, MOST_HOLDS)
+        if has_failed:
+            self._times = min(self._times + 1, MOST_HOLDS)
 
     def lift(self) -> None:
         self.limit = None
@@ -315,8 +318,12 @@ class Scaler:
         """Work at the present limits while every handler is busy."""
         self._accepted = math.inf
         """The handler time with which the present concurrency was last found good."""
-        self._base = math.inf
-        """The shortest handler time of this climb."""
+        self._base: _Measure | None = None
+        """The work with the shortest handler time of this climb: nothing queued behind the handlers."""
+        self._is_suspect = False
+        """Whether handlers seem to take longer than they did."""
+        self._is_descending = False
+        """Whether fewer handlers did as well, so that still fewer are tried."""
         self._handler_seconds = 0.0
         self._per_poller = math.inf
         """Messages a second that one poller brings, learnt when handlers lacked work."""
@@ -353,6 +360,8 @@ class Scaler:
         is_calm = concurrency == limits.concurrency and held == limits.prefetch and self._trial is None
         pollers = self._receives(now, seconds, load, limits, is_calm)
         decided = Limits(*map(_clamped, (concurrency, held, pollers, sessions), self.lowest, self.highest))
+        if decided == limits:
+            self.reason = ""
         self._decided = decided
         return decided
 
@@ -363,16 +372,16 @@ class Scaler:
         sample.add(seconds, load, limit)
         if is_busy:
             self._level.add(seconds, load, limit)
-            self._level.forget(max(MEMORY * self._interval, 3 * self._handler_seconds))
+            self._level.forget(max(MEMORY * self._interval, 2 * CLOSE * self._handler_seconds))
         need = sample.running + backlog * self._handler_seconds / self._target_lag
         if self._trial is not None:
             judged = self._judge(now, seconds, load, self._trial, is_busy)
             if self._trial is not None or judged != limit:
                 self._concurrency.follow(now, need, judged, may_grow=False)
                 return judged
-        elif self._is_slower(is_busy, limit):
+        elif is_busy and self._is_slower(limit):
             fewer = max(self.lowest.concurrency, math.floor(limit * RETREAT))
-            self.reason = f"handlers take {self._level.handler_seconds:.3g} s, not {self._accepted:.3g} s: try fewer"
+            self.reason = f"handlers take {self._level.handler_seconds:.3g} s: are fewer enough?"
             self._begin_trial(now, limit, fewer, self._level)
             return fewer
         is_behind = load.busy >= config.target_busy and need > limit
@@ -384,11 +393,12 @@ class Scaler:
         decided = self._concurrency.follow(now, need, limit, may_grow=may_grow, top=top)
         if decided > limit:
             level = self._level if is_busy else sample
-            self._base = level.handler_seconds if is_probe else min(self._base, level.handler_seconds)
+            if is_probe or self._base is None or level.handler_seconds < self._base.handler_seconds:
+                self._base = level
             self.reason = f"{load.busy:.0%} busy, {need:.3g} handlers needed"
             self._begin_trial(now, limit, decided, level)
         elif decided < limit:
-            self._base = math.inf
+            self._base = None
             self._level = _Measure()
             self.reason = f"{decided} handlers were enough for {config.shrink_after:g} s"
         return decided
@@ -399,7 +409,7 @@ class Scaler:
 
     def _new_trial(self, now: float, before: int, after: int, was: _Measure) -> _Trial:
         lead = self._handler_seconds if self._handler_seconds > self._interval / 10 else 0.0
-        return _Trial(before, after, was, now + lead, max(self._interval, self._handler_seconds) * 0.99, _Measure())
+        return _Trial(before, after, was, now + lead, _Measure())
 
     def _judge(self, now: float, seconds: float, load: Load, trial: _Trial, is_busy: bool) -> int:
         """Return the concurrency after one more sample of a trial, which is over when there is none any more."""
@@ -408,45 +418,68 @@ class Scaler:
             return trial.after
         if now - seconds >= trial.counts_from:
             trial.seen.add(seconds, load, trial.after)
-        if trial.seen.seconds < trial.enough:
+        if not self._is_seen(trial):
             return trial.after
         self._trial = None
         seen, was = trial.seen, trial.was
-        ratio, doubt = trial.gain()
-        fair = seen.running / was.running if was.running else 1.0
-        needed = 1 + self.config.min_gain * (fair - 1)
-        if trial.after > trial.before:
-            # What has failed before gets no benefit of the doubt.
-            if ratio * (1 + doubt) >= needed if self._ceiling.limit is None else ratio >= needed:
-                self._ceiling.lift()
-                self._accepted = seen.handler_seconds
-                self._level = seen
+        ratio, _ = trial.gain(was)
+        self.reason = f"{trial.after} handlers instead of {trial.before} did {ratio:.0%} of the work"
+        if trial.after < trial.before:
+            self._is_descending = self._does_its_share(trial, was, 0.0)
+            if self._is_descending:
+                self._ceiling.set(now, trial.after, has_failed=False)
                 return trial.after
-            useful = _ceil(min(seen.rate * self._base, trial.before))
-            limit = max(useful, _ceil(trial.before / 2), self.lowest.concurrency)
-            self._accepted = min(was.handler_seconds, self._base) if limit < trial.before else was.handler_seconds
-        elif ratio >= needed:
-            limit = trial.after
-        else:
             self._accepted = was.handler_seconds
-            self.reason = f"{trial.after} handlers do {ratio:.0%} of the work of {trial.before}"
+            self._level = _Measure()
             return trial.before
-        self.reason = f"{trial.after} handlers do {ratio:.0%} of the work of {trial.before}"
+        base = self._base or was
+        # What has failed before gets no benefit of the doubt. Small steps that each may be of use add up: so the
+        # first of the climb is looked at, too.
+        trust = 1.0 if self._ceiling.limit is None else 0.0
+        if self._does_its_share(trial, was, trust) and self._does_its_share(trial, base, trust):
+            self.reason = ""
+            self._ceiling.lift()
+            self._accepted = seen.handler_seconds
+            self._level = seen
+            return trial.after
+        useful = _ceil(min(seen.rate * base.handler_seconds, trial.before))
+        limit = max(useful, _ceil(trial.before / 2), self.lowest.concurrency)
+        self._accepted = min(was.handler_seconds, base.handler_seconds)
         self._level = _Measure()
         self._ceiling.set(now, limit)
         return limit
 
-    def _is_slower(self, is_busy: bool, limit: int) -> bool:
+    def _is_seen(self, trial: _Trial) -> bool:
+        """Whether a trial lasted: every handler has ended once, or more often where the change is small."""
+        once = max(self._interval, self._handler_seconds) * 0.99
+        is_close = trial.after < trial.before or self._ceiling.limit is not None
+        wanted = trial.after * (CLOSE if is_close else 1)
+        seen = trial.seen
+        return seen.seconds >= once and (seen.ended >= wanted or seen.seconds >= 2 * CLOSE * once)
+
+    def _does_its_share(self, trial: _Trial, was: _Measure, trust: float) -> bool:
+        """Whether the throughput changed with the handlers, by ``min_gain`` of what is fair at least."""
+        ratio, doubt = trial.gain(was)
+        fair = trial.seen.running / was.running if was.running else 1.0
+        needed = 1 + self.config.min_gain * (fair - 1)
+        return ratio * (1 + trust * doubt) >= needed
+
+    def _is_slower(self, limit: int) -> bool:
         """Whether handlers take so much longer than they did that fewer may do as much."""
         level = self._level
-        return (
-            is_busy
-            and limit > self.lowest.concurrency
-            and self._polling is None
-            and level.ended >= limit
-            and level.seconds >= 2 * self._interval
-            and level.handler_seconds >= SLOWER * self._accepted
-        )
+        if limit <= self.lowest.concurrency or self._polling is not None:
+            return False
+        if level.ended < CLOSE * limit or level.seconds < 2 * self._interval:
+            return False
+        if not self._is_descending and level.handler_seconds < SLOWER * self._accepted:
+            self._is_suspect = False
+            return False
+        if not (self._is_suspect or self._is_descending):
+            self._is_suspect = True
+            self._level = _Measure()  # looked at once more, without what was before it happened
+            return False
+        self._is_suspect = False
+        return True
 
     def _held(self, now: float, load: Load, limits: Limits, concurrency: int) -> int:
         # Twice the handlers, or some time's work: the next message is there when a handler is free.
@@ -479,13 +512,16 @@ class Scaler:
             trial = self._polling
             if now - seconds >= trial.counts_from:
                 trial.seen.add(seconds, load, limits.concurrency)
-            if trial.seen.seconds < trial.enough:
+            if trial.seen.seconds < self._interval * 0.99:
                 return limit
             self._polling = None
-            ratio, doubt = trial.gain()
+            ratio, doubt = trial.gain(trial.was)
             if is_starved and ratio * (1 + doubt) < 1 + self.config.min_gain * (trial.after / trial.before - 1):
                 self._polling_ceiling.set(now, trial.before)
-                self.reason = self.reason or f"{trial.after} receives bring {ratio:.0%} of what {trial.before} do"
+                self.reason = (
+                    self.reason
+                    or f"{trial.after} receives instead of {trial.before} brought {ratio:.0%} of the messages"
+                )
                 return trial.before
             self._polling_ceiling.lift()
         if is_starved and load.rate > 0:

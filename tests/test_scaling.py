@@ -70,17 +70,14 @@ def test_limits_that_somebody_else_set_are_brought_into_the_bounds(limits: Limit
     assert all(low <= value <= high for low, value, high in zip(scaler.lowest, decided, MOST, strict=True))
 
 
-@settings(max_examples=25)
-@given(rate=st.floats(0.5, 400), service=st.floats(0.002, 0.4))
+@settings(max_examples=20)
+@given(rate=st.floats(0.5, 200), service=st.floats(0.002, 0.4))
 def test_at_a_steady_load_the_limits_come_to_rest(rate: float, service: float) -> None:
     """The load fits the bounds: after the start nothing moves any more, however long one looks."""
-    if rate * service > 40:
-        rate = 40 / service
-    if rate > 400:
-        return
+    rate = min(rate, 40 / service)
     model = QueueModel(lambda now: rate, lambda running: service)
     scaler = Scaler(ScalingConfig(), MOST)
-    start, steady = model.run(scaler, 120), model.run_on(scaler, 240)
+    start, steady = model.run(scaler, 120), model.run_on(scaler, 180)
     assert steady[-1].depth <= rate
     assert len(concurrencies(steady)) == 1, [(seen.time, seen.limits) for seen in steady]
     assert reversals(start) <= 1
@@ -113,7 +110,7 @@ def test_a_step_of_load_is_followed_up_and_down() -> None:
 @pytest.mark.parametrize("knows_depth", [True, False])
 def test_it_finds_the_handlers_that_help(knows_depth: bool) -> None:
     """Beyond 12 handlers the throughput rises no more [P3]: it goes back, and rests there."""
-    model = QueueModel(lambda now: 2000, lambda running: 0.05 * max(1, running / 12))
+    model = QueueModel(lambda now: 400, lambda running: 0.05 * max(1, running / 12))
     scaler = Scaler(ScalingConfig(), Limits(512, 5000))
     history = model.run(scaler, 300, knows_depth=knows_depth)
     if knows_depth:
@@ -127,7 +124,7 @@ def test_it_finds_the_handlers_that_help(knows_depth: bool) -> None:
 
 def test_more_handlers_that_do_less_are_taken_back_at_once() -> None:
     """As plain handlers that compute do under the GIL."""
-    model = QueueModel(lambda now: 1000, lambda running: 0.01 * running * (1 + 0.05 * running))
+    model = QueueModel(lambda now: 200, lambda running: 0.01 * running * (1 + 0.05 * running))
     history = model.run(Scaler(ScalingConfig(), MOST), 120)
     assert max(concurrencies(history)) == 2
     values = [seen.limits.concurrency for seen in history]
@@ -138,7 +135,7 @@ def test_more_handlers_that_do_less_are_taken_back_at_once() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_finds_them_among_random_times_too(seed: int) -> None:
-    model = QueueModel(lambda now: 1000, lambda running: 0.05 * max(1, running / 12), is_random=True, seed=seed)
+    model = QueueModel(lambda now: 400, lambda running: 0.05 * max(1, running / 12), is_random=True, seed=seed)
     history = model.run(Scaler(ScalingConfig(), Limits(512, 5000)), 200)
     assert model.handled > 0.9 * 240 * 200
     late = [seen.limits.concurrency for seen in history[100:]]
@@ -149,17 +146,17 @@ def test_it_finds_them_among_random_times_too(seed: int) -> None:
 def test_when_the_service_behind_the_handlers_gets_slower_fewer_are_tried() -> None:
     """From 40 handlers that help to 8: it follows, without being told."""
     knee = {True: 40, False: 8}
-    model = QueueModel(lambda now: 5000, lambda running: 0.05 * max(1, running / knee[model.now < 100]))
+    model = QueueModel(lambda now: 200, lambda running: 0.2 * max(1, running / knee[model.now < 100]))
     scaler = Scaler(ScalingConfig(), MOST)
     before = model.run(scaler, 100)
     assert 36 <= before[-1].limits.concurrency <= 64
     after = model.run_on(scaler, 400)
     assert after[-1].limits.concurrency <= 16
-    assert after[-1].load.rate == pytest.approx(160, rel=0.05)
+    assert after[-1].load.rate == pytest.approx(40, rel=0.1)
 
 
 def test_slower_messages_do_not_cost_handlers_that_help() -> None:
-    model = QueueModel(lambda now: 5000, lambda running: 0.02 if model.now < 100 else 0.2)
+    model = QueueModel(lambda now: 500, lambda running: 0.08 if model.now < 100 else 0.8)
     scaler = Scaler(ScalingConfig(), Limits(32, 1000))
     model.run(scaler, 100)
     history = model.run_on(scaler, 200)
@@ -187,8 +184,8 @@ def test_nothing_grows_before_the_first_handler_has_ended() -> None:
     assert limits.concurrency == 1
 
 
-@settings(max_examples=15)
-@given(sessions=st.integers(1, 60), rate=st.floats(1, 800))
+@settings(max_examples=10)
+@given(sessions=st.integers(1, 60), rate=st.floats(1, 400))
 def test_there_are_never_more_handlers_than_sessions_that_can_run(sessions: int, rate: float) -> None:
     model = QueueModel(lambda now: rate, lambda running: 0.05, sessions=sessions)
     scaler = Scaler(ScalingConfig(), MOST)
@@ -197,7 +194,8 @@ def test_there_are_never_more_handlers_than_sessions_that_can_run(sessions: int,
         if seen.limits.concurrency > before.limits.concurrency:
             assert seen.limits.concurrency <= seen.load.runnable <= sessions
     capacity = sessions / 0.05
-    assert history[-1].load.rate >= 0.85 * min(rate, capacity), "and as many as are needed"
+    late = sum(seen.load.rate for seen in history[-20:]) / 20
+    assert late >= 0.85 * min(rate, capacity) - 0.1, "and as many as are needed"
 
 
 def test_receives_are_added_while_handlers_lack_messages() -> None:
