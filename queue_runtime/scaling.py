@@ -525,7 +525,7 @@ class Scaler:
                 return trial.before
             self._polling_ceiling.lift()
         if is_starved and load.rate > 0:
-            self._per_poller = load.rate / limit
+            self._per_poller = max(load.rate / limit, 1e-9)
         need = load.rate / self._per_poller
         may_grow = is_starved and is_calm
         decided = self._pollers.follow(now, need, limit, may_grow=may_grow, top=self._polling_ceiling.top(now))
