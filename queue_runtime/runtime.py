@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -13,8 +14,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
-from queue_runtime.config import Seconds, choice, flag, integer, seconds
 from queue_runtime.errors import ConfigurationError, ValidationError
+from queue_runtime.settings import Seconds, choice, flag, integer, seconds
 
 T = TypeVar("T")
 
@@ -89,7 +90,7 @@ class RuntimeConfiguration:
         handlers read JSON, handles twice as many messages with it; one with a small heap, as many as before.
         """
         preset: dict[str, Any] = {
-            "thread_pool_size": 4 * (os.cpu_count() or 1) + 4,
+            "thread_pool_size": 4 * available_cpus() + 4,
             "gc_thresholds": (50_000, 20, 50),
             "gc_freeze": True,
         }
@@ -186,6 +187,20 @@ class RuntimeConfiguration:
                 stack.callback(_thaw)
                 _freeze()
             yield
+
+
+def available_cpus(quota: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """How many CPUs' worth of work this process can do at once: those it may run on, within its container's quota.
+
+    ``quota`` is the file of cgroup v2 that says so: microseconds of a period, or ``max``, and the period.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open(quota) as file:
+            allowed, period = file.read().split()
+        return max(1, min(count, math.ceil(int(allowed) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):  # there is none, or it says max
+        return count
 
 
 def _numbers(field: str, value: object, *, maximum: int) -> tuple[int, ...]:

@@ -154,7 +154,7 @@ def test_json_is_one_object_whatever_the_handler_prints(run: Run) -> None:
     assert done.stderr.count("handled s") == 100
     assert set(told) == {
         "handler", "provider", "queue", "ended_by", "exit_code", "duration", "throughput", "messages", "latency",
-        "batches", "sessions", "retries", "failures", "locks_lost", "settle_errors", "dead_letters", "fed",
+        "batches", "sessions", "retries", "failures", "locks_lost", "settle_errors", "dead_letters", "processes", "fed",
     }  # fmt: skip
     assert told["messages"] == {"received": 100, "completed": 100, "dead_lettered": 0, "abandoned": 0, "left": 0}
     assert told["sessions"]["different"] == 5

@@ -1,12 +1,12 @@
-"""Measures a run, in bounded memory however long it takes."""
+"""Measures a run, in bounded memory however long it takes; what several processes measured adds up."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from queue_runtime.errors import QueueRuntimeError
 from queue_runtime.handling import ConsumerObserver
@@ -42,6 +42,20 @@ class Histogram:
         self.least = min(self.least, seconds)
         self.most = max(self.most, seconds)
 
+    def take(self) -> list[Any]:
+        """Return what ``add`` of another histogram takes, and begin anew."""
+        state = [sorted(self._counts.items()), self.count, self.least if self.count else None, self.most]
+        Histogram.__init__(self)
+        return state
+
+    def add(self, state: Sequence[Any]) -> None:
+        counts, count, least, most = state
+        if count:
+            self._counts.update(dict(counts))
+            self.count += count
+            self.least = min(self.least, least)
+            self.most = max(self.most, most)
+
     def percentile(self, percent: float) -> float | None:
         """The nearest rank's duration in seconds; None before there is any."""
         rank = math.ceil(self.count * percent / 100)
@@ -61,6 +75,9 @@ class DeadLetter(NamedTuple):
     delivery_count: int
     reason: str | None
     description: str | None
+
+
+_SUMS = ("batches", "batched", "retries", "settled", "dead_lettered")
 
 
 class Meter(ConsumerObserver):
@@ -91,6 +108,44 @@ class Meter(ConsumerObserver):
         self.first: float | None = None
         self.last: float | None = None
         self._samples: deque[tuple[float, int]] = deque()
+
+    def take(self) -> dict[str, Any]:
+        """Return what was measured since the last call, in JSON's own types, for ``add`` of another meter."""
+        state = {
+            "latency": self.latency.take(),
+            **{name: getattr(self, name) for name in _SUMS},
+            "smallest": self.smallest,
+            "largest": self.largest,
+            "reasons": dict(self.reasons),
+            "failures": dict(self.failures),
+            "dead_letters": self.dead_letters,
+            "sessions": list(self.sessions),
+            "first": self.first,
+            "last": self.last,
+        }
+        Meter.__init__(self, self._keep)
+        return state
+
+    def add(self, state: Mapping[str, Any]) -> None:
+        """Add what another meter measured, in this process or in another one of this machine."""
+        self.latency.add(state["latency"])
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + state[name])
+        if state["batches"]:
+            self.smallest = min(self.smallest or state["smallest"], state["smallest"])
+            self.largest = max(self.largest, state["largest"])
+        for counter, more in ((self.reasons, state["reasons"]), (self.failures, state["failures"])):
+            for name, count in more.items():
+                _count(counter, name, count)
+        self.dead_letters += [
+            DeadLetter(*dead) for dead in state["dead_letters"][: self._keep - len(self.dead_letters)]
+        ]
+        for session_id in state["sessions"]:
+            self.session_opened(session_id)
+        if state["first"] is not None:  # the monotonic clock is one for all processes of a machine
+            self.first = state["first"] if self.first is None else min(self.first, state["first"])
+        if state["last"] is not None:
+            self.last = state["last"] if self.last is None else max(self.last, state["last"])
 
     def batch_received(self, messages: Sequence[ReceivedMessage]) -> None:
         if self.first is None:
@@ -160,5 +215,5 @@ class Meter(ConsumerObserver):
         return (self.settled - before) / (now - since) if now > since else 0.0
 
 
-def _count(counter: Counter[str], name: str) -> None:
-    counter[name if name in counter or len(counter) < KEPT_NAMES else OTHERS] += 1
+def _count(counter: Counter[str], name: str, count: int = 1) -> None:
+    counter[name if name in counter or len(counter) < KEPT_NAMES else OTHERS] += count

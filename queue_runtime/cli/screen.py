@@ -69,17 +69,21 @@ def print_json(value: object) -> None:
 # A run.
 
 
+def is_live(wanted: bool) -> bool:
+    """Whether there is to be a line that lives."""
+    return wanted and console(stderr=True).is_terminal
+
+
 @contextlib.contextmanager
-def progress(work: Work, wanted: bool) -> Iterator[None]:
-    """Show a line that lives, on a terminal; else show nothing."""
-    screen = console(stderr=True)
-    if not wanted or not screen.is_terminal:
+def progress(work: Work, live: bool) -> Iterator[None]:
+    """Show a line that lives, or nothing."""
+    if not live:
         yield
         return
     started = time.monotonic()
 
     def line() -> Text:
-        stats, meter = work.stats, work.meter
+        stats, meter, processes = work.stats, work.meter, work.engine.processes()
         parts = [
             f"{meter.settled:,} messages",
             f"{meter.rate():,.0f}/s",
@@ -90,9 +94,12 @@ def progress(work: Work, wanted: bool) -> Iterator[None]:
         ]
         if work.feeder is not None:
             parts.insert(0, f"{work.feeder.result.sent:,} sent")
+        if processes is not None:
+            parts.insert(0, f"{work.engine.alive} of {processes['workers']} processes")
         return Text(" · ".join(parts), style="cyan", no_wrap=True, overflow="ellipsis")
 
     to_terminal = sys.stdout.isatty()  # else the handler's own prints would leave their file
+    screen = console(stderr=True)
     with Live(get_renderable=line, console=screen, refresh_per_second=8, transient=True, redirect_stdout=to_terminal):
         yield
 
@@ -119,6 +126,10 @@ def _summary(report: Report) -> Table:
     table.add_column(overflow="fold")
     ended = "the queue is empty" if report.ended_by == "empty" else report.ended_by
     _row(table, "run", f"{plan.handler_name} over {plan.queue_name} on {report.provider}, until {ended}")
+    if report.processes is not None:
+        many = report.processes
+        died = f"{many['died']} died and started again" if many["died"] else "none died"
+        _row(table, "processes", f"{many['workers']} workers, {died}")
     if report.fed is not None:
         fed = report.fed
         refused = f", {fed.refused:,} refused" if fed.refused else ""

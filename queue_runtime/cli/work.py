@@ -7,17 +7,19 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from queue_runtime.cli.failure import Code
 from queue_runtime.cli.feeding import Feeder, FeedResult
 from queue_runtime.cli.meter import KEPT_SESSIONS, DeadLetter, Meter
 from queue_runtime.client import QueueClient
 from queue_runtime.consumer import Consumer
+from queue_runtime.errors import ConfigurationError
 from queue_runtime.handling import ConsumerConfig, ConsumerStats, Handler
 from queue_runtime.providers.base import QueueCounts
+from queue_runtime.runtime import RuntimeConfiguration
 from queue_runtime.sessions import SessionKey
 
 LOOK = 0.01
@@ -25,6 +27,14 @@ LOOK_ELSEWHERE = 1.0
 """Seconds between looks at whether the queue is empty: in this process's memory, and over a network."""
 PAGE = 1000
 """Dead letters of one look."""
+
+
+RUNTIMES: dict[str, Callable[..., RuntimeConfiguration]] = {
+    "default": RuntimeConfiguration,
+    "high-throughput": RuntimeConfiguration.for_high_throughput,
+    "low-resource": RuntimeConfiguration.for_low_resource,
+}
+"""What ``--runtime`` offers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +63,7 @@ class Report:
     ended_by: str
     hurried: bool
     """A second signal came."""
+    processes: dict[str, Any] | None = None
 
     @property
     def code(self) -> Code:
@@ -115,8 +126,74 @@ class Report:
                 "reasons": dict(meter.reasons.most_common()),
                 "first": [dead._asdict() for dead in meter.dead_letters],
             },
+            "processes": self.processes,
             "fed": None if self.fed is None else _fed_as_json(self.fed),
         }
+
+
+class Engine(Protocol):
+    """What does the work of a run: a consumer in this process, or worker processes."""
+
+    @property
+    def meter(self) -> Meter: ...
+
+    @property
+    def stats(self) -> ConsumerStats: ...
+
+    @property
+    def alive(self) -> int:
+        """Processes that work now."""
+        ...
+
+    def processes(self) -> dict[str, Any] | None:
+        """What ``--json`` tells of worker processes; None when there are none."""
+        ...
+
+    async def problems(self) -> list[str]:
+        """What is wrong now, in words."""
+        ...
+
+    async def run(self) -> object:
+        """Work until ``stop``. Raises what makes it impossible."""
+        ...
+
+    def stop(self) -> None:
+        """Drain."""
+        ...
+
+    def stop_now(self) -> None:
+        """Release everything at once."""
+        ...
+
+
+class OneProcess:
+    """A consumer in this process.
+
+    Thread-safety: for the client's event loop.
+    """
+
+    def __init__(
+        self, client: QueueClient, queue_name: str, handler: Handler, config: ConsumerConfig, *, keep: int
+    ) -> None:
+        self.meter = Meter(keep)
+        self._consumer = Consumer(client, queue_name, handler, config, observer=self.meter)
+        self.run = self._consumer.run
+        self.stop = self._consumer.stop
+        self.stop_now = self._consumer.stop_now
+
+    @property
+    def stats(self) -> ConsumerStats:
+        return self._consumer.stats
+
+    @property
+    def alive(self) -> int:
+        return 1
+
+    def processes(self) -> dict[str, Any] | None:
+        return None
+
+    async def problems(self) -> list[str]:
+        return []
 
 
 class Work:
@@ -125,29 +202,45 @@ class Work:
     Parameters
     ----------
     client:
-        An open client; it is not closed.
+        An open client, to feed and to look with; it is not closed.
     tell:
         Called with sentences for the user.
 
     Raises what makes it impossible to go on, such as QueueNotFoundError. Thread-safety: for the client's event loop.
     """
 
-    def __init__(
-        self, client: QueueClient, plan: Plan, handler: Handler, config: ConsumerConfig, tell: Callable[[str], None]
-    ) -> None:
+    def __init__(self, client: QueueClient, plan: Plan, engine: Engine, tell: Callable[[str], None]) -> None:
         self._client = client
         self._plan = plan
+        self._engine = engine
         self._tell = tell
-        self.meter = Meter(plan.show)
-        self._consumer = Consumer(client, plan.queue_name, handler, config, observer=self.meter)
         self.feeder: Feeder | None = None
         if plan.feed is not None:
             self.feeder = Feeder(client, plan.queue_name, plan.feed, key=plan.session_key, tell=tell)
         self._signals: list[signal.Signals] = []
 
     @property
+    def meter(self) -> Meter:
+        return self._engine.meter
+
+    @property
     def stats(self) -> ConsumerStats:
-        return self._consumer.stats
+        return self._engine.stats
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    async def health(self) -> dict[str, Any]:
+        """How it is now, for the health file."""
+        return {
+            "problems": await self._engine.problems(),
+            "draining": bool(self._signals),
+            "queue": self._plan.queue_name,
+            "provider": self._client.provider_name,
+            "stats": self.stats._asdict(),
+            "processes": self._engine.alive,
+        }
 
     async def run(self) -> Report:
         """Work to the end, and tell what was done."""
@@ -159,7 +252,8 @@ class Work:
             plan=self._plan,
             provider=self._client.provider_name,
             meter=self.meter,
-            stats=self._consumer.stats,
+            stats=self.stats,
+            processes=self._engine.processes(),
             counts=await self._client.counts(self._plan.queue_name),
             fed=None if self.feeder is None else self.feeder.result,
             ended_by=self._signals[0].name if self._signals else "empty",
@@ -167,17 +261,17 @@ class Work:
         )
 
     async def _work(self) -> None:
-        consuming = asyncio.ensure_future(self._consumer.run())
+        consuming = asyncio.ensure_future(self._engine.run())
         feeding = asyncio.ensure_future(self._feed_to_the_end())
         try:
             await asyncio.wait((consuming, feeding), return_when=asyncio.FIRST_COMPLETED)
             if feeding.done():
-                self._consumer.stop()
+                self._engine.stop()
                 feeding.result()  # raises what kept it from sending
         finally:
             # A signal, an empty queue or an error: whatever ended one of them, both end, and none unseen.
             feeding.cancel()
-            self._consumer.stop()
+            self._engine.stop()
             await asyncio.gather(consuming, feeding, return_exceptions=True)
         consuming.result()
 
@@ -192,7 +286,7 @@ class Work:
             await asyncio.sleep(pause)
 
     async def _is_empty(self) -> bool:
-        stats = self._consumer.stats
+        stats = self.stats
         if stats.waiting or stats.running:
             return False
         counts = await self._client.counts(self._plan.queue_name)
@@ -232,10 +326,10 @@ class Work:
             self._signals.append(number)
             if len(self._signals) == 1:
                 self._tell(f"{number.name}: finishing what runs, releasing the rest; a second one releases all at once")
-                self._consumer.stop()
+                self._engine.stop()
             else:
                 self._tell(f"{number.name}: releasing everything now")
-                self._consumer.stop_now()
+                self._engine.stop_now()
                 unhook()
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -244,6 +338,25 @@ class Work:
             yield
         finally:
             unhook()
+
+
+def consumer_config(client: QueueClient, limits: Mapping[str, Any]) -> ConsumerConfig:
+    """The settings from the options, within what the queue itself allows."""
+    allowed: int | None = getattr(client.config, "max_delivery_count", None)
+    attempts: int | None = limits["max_attempts"]
+    if attempts is not None and allowed is not None and attempts > allowed:
+        raise ConfigurationError(
+            "max_attempts",
+            f"the queue itself gives a message up after {allowed} deliveries; "
+            f"add max_delivery_count={attempts} to the provider's URL",
+        )
+    return ConsumerConfig(
+        max_concurrency=limits["concurrency"],
+        prefetch=limits["prefetch"],
+        max_sessions=limits["max_sessions"],
+        drain_timeout=limits["drain_timeout"],
+        max_attempts=attempts or min(5, allowed or 5),
+    )
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -35,6 +35,8 @@ class Capabilities:
     """Settling is a call in this process's memory: batching it would only cost time."""
     renews_from_threads: bool = False
     """Locks can be renewed from another thread while the event loop is blocked."""
+    shared_between_processes: bool = False
+    """Clients of several processes that are given the same configuration reach the same queues."""
 
 
 class Action(enum.Enum):
