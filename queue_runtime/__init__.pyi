@@ -87,6 +87,14 @@ from queue_runtime.handling import (
     RejectMessage as RejectMessage,
     RetryMessage as RetryMessage,
 )
+from queue_runtime.idempotency import (
+    IdempotencyStore as IdempotencyStore,
+    MemoryIdempotencyStore as MemoryIdempotencyStore,
+    SkipDone as SkipDone,
+)
+from queue_runtime.idempotency_sqlite import (
+    SQLiteIdempotencyStore as SQLiteIdempotencyStore,
+)
 from queue_runtime.message import (
     Message as Message,
     MessageId as MessageId,
@@ -172,6 +180,7 @@ __all__ = [
     "FixedRetry",
     "Handler",
     "HandlerContext",
+    "IdempotencyStore",
     "InMemoryConfig",
     "InvalidReceiptError",
     "Limits",
@@ -180,6 +189,7 @@ __all__ = [
     "MPCC",
     "MPCCStats",
     "ManualClock",
+    "MemoryIdempotencyStore",
     "Message",
     "MessageContext",
     "MessageId",
@@ -207,6 +217,7 @@ __all__ = [
     "RetryMessage",
     "RetryPolicy",
     "RuntimeConfiguration",
+    "SQLiteIdempotencyStore",
     "Scaler",
     "ScalingConfig",
     "SerializationError",
@@ -218,6 +229,7 @@ __all__ = [
     "SessionLockedError",
     "SessionNotFoundError",
     "SessionReceiver",
+    "SkipDone",
     "SlotOutOfRangeError",
     "StoredBody",
     "SystemClock",
