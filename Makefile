@@ -1,6 +1,7 @@
 # Each target does all its own set-up: it needs Python 3.11 or newer, a C compiler and make.
 #   make run     the example: a handler over a queue of webhook events
 #   make test    every test          make bench   the figures, with rivals
+#   make chaos   a million messages through consumers that are killed, clocks that jump, networks that fail
 #   make lint    style and types     make wheel   sdist and wheel in dist/
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ REQUIREMENTS = $(PY) -c 'import sys, tomllib; \
     print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1)
 CORE := $(wildcard queue_runtime/_core/*.pyx queue_runtime/_core/*.pxd queue_runtime/_core/*.h)
 
-.PHONY: run test bench lint wheel clean
+.PHONY: run test bench chaos lint wheel clean
 
 run: $(VENV)/built
 	cd examples && ../$(PY) -m queue_runtime run webhooks:handle --provider memory:// --queue webhooks \
@@ -24,6 +25,14 @@ test: $(VENV)/built $(VENV)/tools
 
 bench: $(VENV)/built $(VENV)/tools
 	$(PY) -m bench $(ONLY)
+
+SEED ?= 1
+MESSAGES ?= 1000000
+SESSIONS ?= 10000
+
+chaos: $(VENV)/built $(VENV)/tools
+	CHAOS_SEED=$(SEED) CHAOS_MESSAGES=$(MESSAGES) CHAOS_SESSIONS=$(SESSIONS) \
+	    $(PY) -m pytest tests/test_chaos.py -k many_messages -s -o timeout=3600
 
 lint: $(VENV)/built $(VENV)/tools
 	$(PY) -m ruff check .
