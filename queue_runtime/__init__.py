@@ -58,6 +58,7 @@ _HOME = {
     "MPCC": "_core.mpcc",
     "MPCCStats": "_core.outcome",
     "ManualClock": "clock",
+    "MemoryConfig": "pressure",
     "MemoryIdempotencyStore": "idempotency",
     "Message": "message",
     "MessageContext": "context",

@@ -106,6 +106,7 @@ from queue_runtime.message import (
 from queue_runtime.middleware import (
     Middleware as Middleware,
 )
+from queue_runtime.pressure import MemoryConfig as MemoryConfig
 from queue_runtime.providers.base import (
     Action as Action,
     Capabilities as Capabilities,
@@ -189,6 +190,7 @@ __all__ = [
     "MPCC",
     "MPCCStats",
     "ManualClock",
+    "MemoryConfig",
     "MemoryIdempotencyStore",
     "Message",
     "MessageContext",
