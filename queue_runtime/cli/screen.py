@@ -182,7 +182,7 @@ def print_messages(messages: Sequence[ReceivedMessage]) -> None:
             f"{message.size:,}",
             str(message.delivery_count),
             _when(message),
-            message.body[:200].decode("utf-8", "replace")[:60],
+            bytes(message.body_view[:200]).decode("utf-8", "replace")[:60],
         )
     _print(table)
 
