@@ -39,7 +39,7 @@ from queue_runtime.providers.base import (
 )
 from queue_runtime.renewal import LockRenewer, LostCallback
 from queue_runtime.retry import Retrier
-from queue_runtime.sending import send
+from queue_runtime.sending import check_sendable, is_limited, send
 from queue_runtime.sessions import Session, SessionKey, with_session
 from queue_runtime.settlement import Lane, Settler, failed, outcome_of, unexpected
 
@@ -92,6 +92,7 @@ class QueueClient:
         self._session_key_source: Literal["attributes", "body"] = session_key_source
         self.clock: Clock = SystemClock() if clock is None else clock
         self._provider: Provider = open_provider(self.config, self.clock)
+        self._is_limited = is_limited(self._provider.capabilities)
         self._retrier = Retrier(self.config.retry, self.clock)
         max_renewal = cast(float, self.config.max_lock_renewal)
         self._renewer = (
@@ -479,7 +480,9 @@ class QueueClient:
             hint = "; use its .message()" if isinstance(message, ReceivedMessage) else ""
             raise ValidationError(field, f"must be a Message, not {type(message).__name__}{hint}")
         if self._session_key is not None:
-            return with_session(self._session_key, message, self._session_key_source)
+            message = with_session(self._session_key, message, self._session_key_source)
+        if self._is_limited:
+            check_sendable(message, self._provider, self.clock)
         return message
 
     async def _open_lane(self, queue_name: str, lanes: dict[str, Lane], timeout: Seconds | None = None) -> Lane:

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
-from queue_runtime.errors import QueueRuntimeError
+from queue_runtime.clock import Clock, utc
+from queue_runtime.errors import CapabilityError, QueueRuntimeError, ValidationError
 from queue_runtime.message import Message
-from queue_runtime.providers.base import Outcome, Provider
+from queue_runtime.providers.base import Capabilities, Outcome, Provider
 from queue_runtime.retry import Retrier
+
+
+def is_limited(capabilities: Capabilities) -> bool:
+    """Whether there are messages that ``check_sendable`` refuses."""
+    return not (capabilities.sessions and capabilities.deduplication and capabilities.max_delay is None)
+
+
+def check_sendable(message: Message, provider: Provider, clock: Clock) -> None:
+    """Raise CapabilityError or ValidationError for what the provider would leave undone without a word [C18, C19, C29].
+
+    A message that is sent back from the dead letters is not asked about: it was accepted once.
+    """
+    can = provider.capabilities
+    if message.session_id is not None and not can.sessions:
+        raise CapabilityError(provider.name, "sessions")
+    if message.deduplication_id is not None and not can.deduplication:
+        raise CapabilityError(provider.name, "deduplication")
+    if can.max_delay is None:
+        return
+    longest = timedelta(seconds=can.max_delay)
+    if message.delay is not None and message.delay > longest:
+        raise ValidationError("delay", f"must be at most {can.max_delay:g} s here, not {message.delay}")
+    if message.scheduled_at is not None and message.scheduled_at - utc(clock.time()) > longest:
+        raise ValidationError("scheduled_at", f"must be at most {can.max_delay:g} s from now here")
 
 
 async def send(provider: Provider, retrier: Retrier, queue_name: str, messages: Sequence[Message]) -> list[Outcome]:

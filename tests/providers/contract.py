@@ -254,7 +254,7 @@ class ReceiveContract:
             task = asyncio.create_task(place.client.receive_message(place.queue, harness.unit * 9))
             await turns(chance.randrange(4))
             sending = asyncio.create_task(harness.send(place, body))
-            await turns(chance.randrange(6))
+            await harness.moments(chance.randrange(6))
             task.cancel()
             await sending
             try:

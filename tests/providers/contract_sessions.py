@@ -298,7 +298,7 @@ class SessionLockContract:
             task = asyncio.create_task(place.client.accept_session(place.queue, None, harness.unit * 9))
             await turns(chance.randrange(4))
             sending = asyncio.create_task(harness.send(place, b"x", session_id=f"s{number}"))
-            await turns(chance.randrange(6))
+            await harness.moments(chance.randrange(6))
             task.cancel()
             await sending
             try:

@@ -74,6 +74,10 @@ class Harness(abc.ABC):
     @abc.abstractmethod
     async def close(self) -> None: ...
 
+    async def moments(self, count: int) -> None:
+        """Wait for so many moments: with none of them no answer has come yet, and with five most have."""
+        await turns(count)
+
     async def pass_lock(self) -> None:
         """Let more time pass than a lock lasts."""
         await self.pass_time(self.lock_duration * 1.01)

@@ -223,6 +223,8 @@ class Connection(Frames):
         self.space = ""
         self.attachment: Attachment | None = None
         self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.accepted: dict[int, int] = {}
+        """The latest requests that got a session, and the numbers of its receivers."""
         self._delayed: deque[tuple[float, Any]] = deque()
         broker.connections.add(self)
 
@@ -247,6 +249,8 @@ class Connection(Frames):
         if method == "cancel":
             if (task := self.tasks.get(arguments[0])) is not None:
                 task.cancel()
+            elif (receiver := self.accepted.get(arguments[0])) is not None:  # the answer will find nobody
+                self.broker.later(self.on_close(receiver))
             return
         task = self.tasks[number] = self.broker.later(self.answer(number, method, arguments))
         task.add_done_callback(lambda task: self.tasks.pop(number, None))
@@ -265,6 +269,10 @@ class Connection(Frames):
                 faults.throttled[method] -= 1
                 raise ThrottledError(retry_after=faults.retry_after)
             reply = (number, True, await getattr(self, f"on_{method}")(*arguments))
+            if method == "accept" and reply[2] is not None:
+                self.accepted[number] = arguments[0]
+                if len(self.accepted) > 100:
+                    del self.accepted[next(iter(self.accepted))]
         except asyncio.CancelledError:
             reply = (number, False, None)
         except QueueRuntimeError as error:

@@ -26,6 +26,7 @@ class Link(Frames):
         self._numbers = itertools.count()
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._late: dict[int, Late] = {}
+        """Whom an answer is given to when its future has ended otherwise."""
         self._lost = asyncio.get_running_loop().create_future()
 
     @property
@@ -53,6 +54,7 @@ class Link(Frames):
         loop = asyncio.get_running_loop()
         number = next(self._numbers)
         future = self._waiting[number] = loop.create_future()
+        self._late[number] = late
         timer = loop.call_later(timeout, self._expire, number, method, timeout)
         self.post((number, method, *arguments))
         begun(number)
@@ -62,7 +64,7 @@ class Link(Frames):
             if self._waiting.pop(number, None) is not None:
                 self.withdraw(number, late)
             elif not future.cancelled() and future.exception() is None:
-                late(future.result())  # it came in the turn of the cancellation
+                late(future.result())  # it was there in the turn of the cancellation
             raise
         finally:
             timer.cancel()
@@ -94,12 +96,10 @@ class Link(Frames):
     def frame_received(self, frame: Any) -> None:
         number, is_fine, value = frame
         future = self._waiting.pop(number, None)
-        if future is None:
-            late = self._late.pop(number, _ignored)
+        late = self._late.pop(number, _ignored)
+        if future is None or future.done():
             if is_fine:
                 late(value)
-        elif future.done():
-            pass
         elif is_fine:
             future.set_result(value)
         else:

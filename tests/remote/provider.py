@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import os
 import uuid
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from queue_runtime import decode_envelope, encode_envelope
 from queue_runtime.clock import Clock
 from queue_runtime.errors import (
+    CapabilityError,
     ClosedError,
     ConnectionFailedError,
     InvalidReceiptError,
@@ -38,7 +38,6 @@ RELEASE_AFTER = 0.5
 """Seconds that what came too late for its receive waits for another one, before it goes back to the queue."""
 _numbers = itertools.count((os.getpid() << 24) + (1 << 48))
 """Of receivers: unlike any other provider's, and any other process's."""
-_FIELDS = {field.name for field in dataclasses.fields(Capabilities)}
 
 
 class RemoteProvider:
@@ -56,13 +55,12 @@ class RemoteProvider:
         self._receivers: set[RemoteReceiver] = set()
         self._closed = False
         can: dict[str, Any] = {name: name not in config.without for name in REMOVABLE}
-        if "shared_between_processes" in _FIELDS:
-            can["shared_between_processes"] = True
         self.capabilities = Capabilities(
             **can,
             max_message_size=config.max_message_size or 1_048_576,
             max_delay=config.max_delay or None,  # type: ignore[arg-type]
             settles_in_process=False,
+            shared_between_processes=True,
         )
 
     @property
@@ -313,6 +311,9 @@ class RemoteReceiver:
     async def renew(self, receipts: Sequence[Receipt]) -> list[float | QueueRuntimeError]:
         return await self._for_each("renew", receipts)
 
+    def renew_from_thread(self, receipts: Sequence[Receipt]) -> list[float | QueueRuntimeError]:
+        raise CapabilityError("remote", "renews_from_threads")
+
     async def _for_each(self, method: str, receipts: Sequence[Receipt], *arguments: Any) -> list[Any]:
         """Ask about receipts; those of a connection that was lost, with all that it held, are not asked about."""
         link = await self._provider.link()
@@ -376,8 +377,12 @@ class RemoteSessionReceiver(RemoteReceiver):
         return super()._invalid(receipt) if self._closed else SessionLockLostError(self.session_id)
 
     async def renew_session(self) -> float:
-        self.locked_until: float = await self._ask("renew_session")
-        return self.locked_until
+        end: float = await self._ask("renew_session")
+        self.locked_until = end
+        return end
+
+    def renew_session_from_thread(self) -> float:
+        raise CapabilityError("remote", "renews_from_threads")
 
     async def get_state(self) -> bytes | None:
         state: bytes | None = await self._ask("get_state")
