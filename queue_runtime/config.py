@@ -114,7 +114,7 @@ class ProviderConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InMemoryConfig(ProviderConfig):
-    """The embedded provider: queues in this process's memory, gone with it.
+    """The embedded provider: queues in this process's memory, gone with it unless there is a ``path``.
 
     Parameters
     ----------
@@ -147,10 +147,18 @@ class InMemoryConfig(ProviderConfig):
     body_directory:
         Where these files are, on a disk; they have no names, and end with their messages or with the process. None:
         ``TMPDIR`` if that is set, else ``/var/tmp``, else the system's choice.
+    path:
+        A directory, made when it is not there, in which everything is kept: what was acknowledged survives the end of
+        the process, however it comes. One process at a time can use it. None keeps nothing.
+    fsync:
+        What survives a crash of the machine as well. ``always``: all that was acknowledged; ``interval``: all but what
+        was acknowledged in the last ``fsync_interval`` seconds; ``never``: what the system happened to write.
+    fsync_interval:
+        Seconds, for ``interval``.
     """
 
     scheme: ClassVar[str] = "memory"
-    provider: ClassVar[str] = "queue_runtime.providers.memory:InMemoryProvider"
+    provider: ClassVar[str] = "queue_runtime.providers.durable:open_memory"
 
     name: str = ""
     capacity: int = 1_000_000
@@ -165,6 +173,9 @@ class InMemoryConfig(ProviderConfig):
     max_message_size: int = 1_048_576
     body_file_threshold: int | None = None
     body_directory: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str] | None = None
+    fsync: Literal["always", "interval", "never"] = "interval"
+    fsync_interval: Seconds = 1.0
 
     def __post_init__(self) -> None:
         ProviderConfig.__post_init__(self)
@@ -191,6 +202,10 @@ class InMemoryConfig(ProviderConfig):
             self._set("body_directory", path("body_directory", self.body_directory))
             if self.body_file_threshold is None:
                 raise ConfigurationError("body_directory", "is used with body_file_threshold only; set that too")
+        if self.path is not None:
+            self._set("path", path("path", self.path))
+        choice("fsync", self.fsync, ("always", "interval", "never"))
+        self._set("fsync_interval", seconds("fsync_interval", self.fsync_interval, minimum=0.001, maximum=3600.0))
 
     @classmethod
     def for_high_throughput(cls, **changes: Any) -> Self:

@@ -71,6 +71,9 @@ BAD: dict[str, list[object]] = {
     "max_message_size": [0, -1, 1.0, True],
     "body_file_threshold": [0, 16383, -1, 1e6, True],
     "body_directory": ["", 5, b"/tmp", "/tmp", True],  # without a threshold, a good one too
+    "path": ["", b"x", 3, True],
+    "fsync": ["", "sometimes", None, True],
+    "fsync_interval": [0, 0.0009, 3600.1, NAN, INF, True, "1", None],
 }
 TEMPORARY = str(Path(tempfile.gettempdir()).resolve())
 FIELDS = [field.name for field in dataclasses.fields(InMemoryConfig)]
@@ -550,6 +553,27 @@ async def directory_of_a_body(config: InMemoryConfig, clock: ManualClock) -> str
         return str(Path(line[line.index("/") :]).parent)
 
 
+async def survives(config: InMemoryConfig, clock: ManualClock) -> bool:
+    async with QueueClient(config, clock=clock) as client:
+        await client.send_message(QUEUE, Message(body=b"x"))
+    async with QueueClient(config, clock=clock) as client:
+        return await client.receive_message(QUEUE, 0) is not None
+
+
+async def synced_after(config: InMemoryConfig, clock: ManualClock) -> int | None:
+    """Seconds until what was sent is on the disk; None when that is not waited for."""
+    async with QueueClient(config, clock=clock) as client:
+        await client.send_message(QUEUE, Message(body=b"x"))
+        store = client._provider._store  # type: ignore[attr-defined]
+        for seconds in range(5):
+            while store._syncing:
+                await asyncio.sleep(0)
+            if store._synced == store.journal.written:
+                return seconds
+            await clock.advance(1)
+    return None
+
+
 Probe = Callable[[InMemoryConfig, ManualClock], Coroutine[Any, Any, object]]
 CHANGES: dict[str, tuple[Probe, dict[str, Any], list[tuple[object, object]]]] = {
     "max_concurrency": (most_at_once, {}, [(1, 1), (3, 3)]),
@@ -577,6 +601,9 @@ CHANGES: dict[str, tuple[Probe, dict[str, Any], list[tuple[object, object]]]] = 
         {"body_file_threshold": 20_000},
         [(directory, directory) for directory in (TEMPORARY, f"{TEMPORARY}/queue-runtime-test")],
     ),
+    "path": (survives, {}, [(None, False), ("somewhere", True)]),
+    "fsync": (synced_after, {"path": "somewhere"}, [("always", 0), ("interval", 1), ("never", None)]),
+    "fsync_interval": (synced_after, {"path": "somewhere"}, [(1, 1), (3, 3)]),
 }
 
 
@@ -592,10 +619,11 @@ def test_every_field_has_a_probe() -> None:
     [(field, value, expected) for field, (_, _, values) in CHANGES.items() for value, expected in values],
     ids=str,
 )
-async def test_every_field_changes_behaviour(field: str, value: object, expected: object) -> None:
+async def test_every_field_changes_behaviour(field: str, value: object, expected: object, tmp_path: Path) -> None:
     """[C46]"""
     probe, base, _ = CHANGES[field]
-    assert await probe(InMemoryConfig(**{**base, field: value}), ManualClock()) == expected
+    settings = {name: tmp_path if value == "somewhere" else value for name, value in {**base, field: value}.items()}
+    assert await probe(InMemoryConfig(**settings), ManualClock()) == expected
 
 
 async def test_clients_of_one_name_agree() -> None:

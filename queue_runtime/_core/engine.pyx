@@ -15,13 +15,14 @@ from cpython.list cimport PyList_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
-from libc.math cimport INFINITY, NAN, fmax, isfinite
+from libc.math cimport INFINITY, fmax, isfinite
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
 from queue_runtime._core.delivery cimport Receipt, ReceivedMessage, make_received, make_receipt
 from queue_runtime._core.fields cimport is_session_id
-from queue_runtime._core.ledger cimport Lane, Ledger, Link, next_of
+from queue_runtime._core.journal cimport Journal
+from queue_runtime._core.ledger cimport Lane, Ledger, Link, next_of, number_of
 from queue_runtime._core.message cimport Message
 from queue_runtime._core.shelf cimport *
 
@@ -55,8 +56,6 @@ cdef enum:
     COUNT_BITS = 20
     COUNT_MASK = 0xFFFFF
 
-cdef int64_t LAST_NUMBER = <int64_t>1 << 42
-
 cdef struct Asked:
     uint64_t token
     bint is_token
@@ -64,13 +63,6 @@ cdef struct Asked:
 
 
 cdef long long links_made = 0
-
-
-cdef int64_t number_of(object given, str field) except -1:
-    """A sequence number, cut to what the index can look for."""
-    if not isinstance(given, int):
-        raise ValidationError(field, f"must be a whole number, not {type(given).__name__}")
-    return min(max(0, given), LAST_NUMBER)
 
 
 @cython.final
@@ -113,15 +105,21 @@ cdef class Engine(Ledger):
                 raise MessageTooLargeError(size, self.max_message_size)
 
     def send(self, messages not None, Py_ssize_t start, double now, double wall):
-        """Take messages from index ``start`` on, as long as there is room; return the index of the first not taken."""
+        """Take messages from index ``start`` on, as long as there is room; return the index of the first not taken.
+
+        With a journal it also stops where that cannot be written, and raises its error when that is at ``start``.
+        """
+        self.advance(now, wall)
+        if self.journal is not None:
+            return self.send_written(list(messages), start, now, wall)
+        return self.take_all(messages, start, len(messages), now, wall)
+
+    cdef Py_ssize_t take_all(self, messages, Py_ssize_t start, Py_ssize_t count, double now, double wall) except -1:
         cdef Message message
         cdef Lane lane
         cdef Py_ssize_t i = start
-        cdef Py_ssize_t count = len(messages)
-        cdef int64_t room
+        cdef int64_t room = self.room
         cdef str session_id, deduplication_id
-        self.advance(now, wall)
-        room = self.room
         while i < count:
             message = <Message?>messages[i]
             deduplication_id = message.c_deduplication_id()
@@ -145,6 +143,22 @@ cdef class Engine(Ledger):
             i += 1
         return i
 
+    cdef Py_ssize_t send_written(self, list messages, Py_ssize_t start, double now, double wall) except -1:
+        """Write what ``take_all`` will take, then take it: piece by piece, so that the buffer stays small."""
+        cdef Py_ssize_t done = start
+        cdef Py_ssize_t end
+        while done < len(messages):
+            end = self.write_sends(messages, done, wall)
+            if end == done:
+                break
+            error = self.journal.commit()
+            if error is not None:
+                if done == start:
+                    raise error
+                break
+            done = self.take_all(messages, done, end, now, wall)
+        return done
+
     cdef Lane lane_of(self, str session_id):
         """The session's lane, made when there is none; one without a message has to be tended."""
         cdef PyObject *found = PyDict_GetItem(self.sessions, session_id)
@@ -167,6 +181,8 @@ cdef class Engine(Ledger):
         entry.expires = INFINITY
         entry.time_to_live = message.ttl_us / 1e6 if message.ttl_us >= 0 else INFINITY
         entry.enqueued_at = wall
+        if self.journal is not None:
+            self.journal.grew(message)
         index_append(&self.indexes[0], entry)
         lane.count += 1
         at = message.scheduled_us / 1e6
@@ -281,6 +297,10 @@ cdef class Engine(Ledger):
             raise ValidationError("link", "holds no session")
         if state is not None and len(state) > self.max_message_size:
             raise MessageTooLargeError(len(state), self.max_message_size)
+        if self.journal is not None:
+            self.journal.begin()
+            self.journal.state(self.id, link.lane.session_id, state)
+            self.commit()
         link.lane.state = state
 
     # Receiving and settling.
@@ -295,7 +315,30 @@ cdef class Engine(Ledger):
             if entry == NULL:
                 break
             received.append(self.deliver(entry, link, now, wall))
+        if self.journal is not None and received:
+            self.keep_deliveries(received, link, False)
         return received
+
+    cdef int keep_deliveries(self, list received, Link link, bint deferred) except -1:
+        """Write the deliveries before anybody sees them; where that fails, they did not happen."""
+        cdef Entry *entry
+        cdef list entries = [(<ReceivedMessage>message)._receipt for message in received]
+        self.journal.begin()
+        for receipt in entries:
+            self.journal.deliver(self.id, self.find(<Receipt>receipt, link))
+        error = self.journal.commit()
+        if error is None:
+            return 0
+        for receipt in entries:
+            entry = self.find(<Receipt>receipt, link)
+            self.detach(entry)
+            entry.deliveries -= 1
+            if deferred:
+                entry.state = DEFERRED
+                self.tally[entry.dead][DEFERRED] += 1
+            else:
+                self.settle_in(entry)
+        raise error
 
     def receive_deferred(self, Link link not None, numbers not None, double now, double wall):
         """Lock and return the link's deferred messages of these sequence numbers, leaving out what is not there."""
@@ -312,6 +355,8 @@ cdef class Engine(Ledger):
                 self.give_back(entry, now, 0.0)
             else:
                 received.append(self.deliver(entry, link, now, wall))
+        if self.journal is not None and received:
+            self.keep_deliveries(received, link, True)
         return received
 
     cdef ReceivedMessage deliver(self, Entry *entry, Link link, double now, double wall):
@@ -376,16 +421,62 @@ cdef class Engine(Ledger):
 
         ``action`` is COMPLETE, ABANDON, DEAD_LETTER or DEFER; ``delay``, in seconds, is of an abandon.
         """
-        cdef list outcomes = []
         cdef list listed = self.check_receipts(link, receipts)
-        cdef Entry *entry
-        cdef Lane lane
         if not DO_COMPLETE <= action <= DO_DEFER:
             raise ValidationError("action", f"must be from 0 to 3, not {action}")
         if not (isfinite(delay) and delay >= 0):
             raise ValidationError("delay", f"must be a number of seconds, finite and not negative, not {delay!r}")
         self.advance(now, wall)
-        for receipt in listed:
+        if self.journal is None:
+            return self.settle_all(link, action, listed, now, delay, reason, description)
+        error = self.write_settlements(link, action, listed, now, wall, delay, reason, description)
+        if error is not None:
+            return [self.refusal(link, one) if self.find(<Receipt>one, link) == NULL else error for one in listed]
+        self.written = action == DO_COMPLETE or action == DO_DEAD_LETTER  # the rest happens by itself
+        try:
+            return self.settle_all(link, action, listed, now, delay, reason, description)
+        finally:
+            self.written = False
+
+    cdef object write_settlements(
+        self, Link link, int action, list receipts, double now, double wall, double delay, str reason, str description
+    ):
+        """Write what ``settle_all`` will do; return None, or the error: then nothing is to be done."""
+        cdef Journal journal = self.journal
+        cdef Entry *entry
+        cdef int64_t dead_number = self.indexes[1].last_number
+        cdef set named = set()
+        journal.begin()
+        try:
+            for receipt in receipts:
+                entry = self.find(<Receipt>receipt, link)
+                if entry == NULL or receipt in named:
+                    continue
+                named.add(receipt)
+                if action == DO_COMPLETE:
+                    journal.forget(self.id, entry)
+                elif action == DO_DEAD_LETTER:
+                    dead_number += not entry.dead
+                    journal.bury(self.id, entry, entry.number if entry.dead else dead_number, reason, description)
+                elif entry.expires > now:
+                    if action == DO_DEFER:
+                        journal.defer(self.id, entry)
+                    elif delay > 0:
+                        journal.hold(self.id, entry, wall + delay)
+        except BaseException as error:
+            journal.drop()
+            if isinstance(error, UnicodeEncodeError):
+                raise ValidationError("reason", "it or the description cannot be written as UTF-8") from None
+            raise
+        return journal.commit()
+
+    cdef list settle_all(
+        self, Link link, int action, list receipts, double now, double delay, str reason, str description
+    ):
+        cdef list outcomes = []
+        cdef Entry *entry
+        cdef Lane lane
+        for receipt in receipts:
             entry = self.find(<Receipt>receipt, link)
             if entry == NULL:
                 outcomes.append(self.refusal(link, receipt))
@@ -456,33 +547,3 @@ cdef class Engine(Ledger):
             ]
         finally:
             PyMem_Free(asked)
-
-    # Looking.
-
-    def peek(self, Py_ssize_t max_count, from_number, bint dead_letter, double now, double wall):
-        """Return at most ``max_count`` messages in whatever state, from this sequence number on, in its order."""
-        cdef list peeked = []
-        cdef Index *index = &self.indexes[dead_letter]
-        cdef Entry *entry
-        cdef int64_t place
-        self.advance(now, wall)
-        place = index_seek(index, number_of(from_number, "from_sequence_number"))
-        while place < index.tail and PyList_GET_SIZE(peeked) < max_count:
-            entry = index.items[place & index.mask].entry
-            place += 1
-            if entry != NULL:
-                peeked.append(make_received(
-                    <Message>entry.message, None, entry.deliveries, entry.enqueued_at, NAN, NAN, NAN, entry.number,
-                    None if entry.reason == NULL else <str>entry.reason,
-                    None if entry.description == NULL else <str>entry.description,
-                ))
-        return peeked
-
-    def counts(self, double now, double wall):
-        """Return how many messages are active, in flight, scheduled (or held back), deferred, and dead."""
-        self.advance(now, wall)
-        cdef int64_t *tally = self.tally[0]
-        return (
-            tally[FRESH] + tally[RETURNED], tally[LOCKED], tally[SCHEDULED] + tally[HELD_BACK], tally[DEFERRED],
-            self.indexes[1].live,
-        )

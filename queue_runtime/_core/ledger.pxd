@@ -1,6 +1,7 @@
 from cpython.object cimport PyObject
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from queue_runtime._core.journal cimport Journal
 from queue_runtime._core.shelf cimport HELD_BACK, Chain, Entry, Heap, Index
 
 
@@ -61,6 +62,9 @@ cdef class Ledger:
     cdef object seen_in_order           # deque of (end, id)
     cdef double next_forgotten          # when the first of them is forgotten
     cdef list signals
+    cdef Journal journal                # None = nothing is kept
+    cdef uint32_t id                    # this queue's, in the journal
+    cdef bint written                   # what is being done is in the journal already
 
     cdef int settle_in(self, Entry *entry) except -1
     cdef int hold_back(self, Entry *entry, double due) except -1
@@ -71,6 +75,7 @@ cdef class Ledger:
     cdef int forget(self, Entry *entry) except -1
     cdef int bury(self, Entry *entry, str reason, str description) except -1
     cdef int expire(self, Entry *entry) except -1
+    cdef int bury_spent(self, Entry *entry) except -1
     cdef int give_back(self, Entry *entry, double now, double delay) except -1
     cdef int tend(self, Lane lane) except -1
     cdef int signal(self, Link link) except -1
@@ -80,7 +85,13 @@ cdef class Ledger:
     cdef int advance(self, double now, double wall) except -1
     cdef int appear(self, Entry *entry, double since) except -1
     cdef void occupy(self, Lane lane, Link link, double now, double wall) noexcept
+    cdef Py_ssize_t write_sends(self, list messages, Py_ssize_t start, double wall) except -1
+    cdef int commit(self) except -1
     cdef void extend(self, Lane lane, double now, double wall) noexcept
+
+
+cdef int64_t number_of(object given, str field) except -1
+cdef void release(Entry *entry) noexcept
 
 
 cdef inline Entry *next_of(Lane lane) noexcept:

@@ -1,10 +1,13 @@
 """What happens in a queue: entries, lanes and locks, and what the passing of time does to them. See engine.pyx."""
 
 cimport cython
+from cpython.list cimport PyList_GET_SIZE
 from cpython.mem cimport PyMem_Free
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
-from libc.math cimport INFINITY, fmax
+from libc.math cimport INFINITY, NAN, fmax
 
+from queue_runtime._core.delivery cimport make_received
+from queue_runtime._core.message cimport Message
 from queue_runtime._core.shelf cimport *
 
 import os
@@ -14,6 +17,11 @@ from queue_runtime.errors import ValidationError
 
 cdef str TTL_EXPIRED = "TTLExpired"
 cdef str TOO_MANY_DELIVERIES = "MaxDeliveryCountExceeded"
+
+cdef enum:
+    PIECE = 1 << 20  # bytes of records that are written at once, about
+
+cdef int64_t LAST_NUMBER = <int64_t>1 << 42
 
 cdef int64_t engines_made = 0
 
@@ -73,6 +81,13 @@ cdef void lanes_remove(Lanes *chain, Lane lane, int kind) noexcept:
         (<Lane>lane.after[kind]).before[kind] = lane.before[kind]
     else:
         chain.last = lane.before[kind]
+
+
+cdef int64_t number_of(object given, str field) except -1:
+    """A sequence number, cut to what the index can look for."""
+    if not isinstance(given, int):
+        raise ValidationError(field, f"must be a whole number, not {type(given).__name__}")
+    return min(max(0, given), LAST_NUMBER)
 
 
 cdef void release(Entry *entry) noexcept:
@@ -218,6 +233,11 @@ cdef class Ledger:
 
     cdef int forget(self, Entry *entry) except -1:
         """Free an entry that stands nowhere; its lane is still to be tended."""
+        if self.journal is not None:
+            self.journal.shrank(<Message>entry.message)
+            if not self.written:
+                self.journal.forget(self.id, entry)
+                self.journal.relax()
         (<Lane>entry.lane).count -= 1
         if entry.spot[IN_TTL] >= 0:
             heap_remove(&self.lives, entry)
@@ -227,6 +247,11 @@ cdef class Ledger:
 
     cdef int bury(self, Entry *entry, str reason, str description) except -1:
         """Make an entry that stands nowhere a dead letter, with a number of that queue; its lane is to be tended."""
+        if self.journal is not None and not self.written:
+            self.journal.bury(
+                self.id, entry, entry.number if entry.dead else self.indexes[1].last_number + 1, reason, description
+            )
+            self.journal.relax()
         if not entry.dead:
             (<Lane>entry.lane).count -= 1
             if entry.spot[IN_TTL] >= 0:
@@ -253,12 +278,15 @@ cdef class Ledger:
             return self.bury(entry, TTL_EXPIRED, "the message outlived its time to live")
         return self.forget(entry)
 
+    cdef int bury_spent(self, Entry *entry) except -1:
+        return self.bury(
+            entry, TOO_MANY_DELIVERIES, f"the message was delivered {entry.deliveries} times and never completed"
+        )
+
     cdef int give_back(self, Entry *entry, double now, double delay) except -1:
         """Return an entry that was delivered and is unlocked: to its lane, or to where it has to go instead."""
         if not entry.dead and entry.deliveries >= self.max_delivery_count:
-            return self.bury(
-                entry, TOO_MANY_DELIVERIES, f"the message was delivered {entry.deliveries} times and never completed"
-            )
+            return self.bury_spent(entry)
         if entry.expires <= now:
             return self.expire(entry)
         if delay > 0:
@@ -393,9 +421,50 @@ cdef class Ledger:
             due = min(due, self.agenda.nodes[0].key - wall)
         return fmax(due, 0.0)
 
+    def attach(self, Journal journal not None, uint32_t id):
+        """Keep from now on what changes, in this journal, as the queue of this number."""
+        self.journal = journal
+        self.id = id
+
     def tick(self, double now, double wall):
         """Let everything happen that is due."""
         self.advance(now, wall)
+
+    # What is written before it is done.
+
+    cdef Py_ssize_t write_sends(self, list messages, Py_ssize_t start, double wall) except -1:
+        """Add records of the messages that there is room for, up to some size; return the index of the first left."""
+        cdef Journal journal = self.journal
+        cdef Message message
+        cdef str name
+        cdef set named = set()
+        cdef int64_t number = self.indexes[0].last_number
+        cdef int64_t room = self.room
+        cdef Py_ssize_t i
+        journal.begin()
+        try:
+            for i in range(start, len(messages)):
+                message = <Message?>messages[i]
+                name = message.c_deduplication_id() if self.window > 0 else None
+                if name is not None and (name in self.seen or name in named):
+                    continue
+                if room <= 0 or journal.used - journal.mark > PIECE:
+                    return i
+                if name is not None:
+                    named.add(name)
+                room -= 1
+                number += 1
+                journal.send(self.id, number, wall, message)
+        except BaseException:
+            journal.drop()
+            raise
+        return len(messages)
+
+    cdef int commit(self) except -1:
+        error = self.journal.commit()
+        if error is not None:
+            raise error
+        return 0
 
     # What a waiting caller asks before it looks again.
 
@@ -431,3 +500,33 @@ cdef class Ledger:
         if signals:
             self.signals = []
         return signals
+
+    # Looking.
+
+    def peek(self, Py_ssize_t max_count, from_number, bint dead_letter, double now, double wall):
+        """Return at most ``max_count`` messages in whatever state, from this sequence number on, in its order."""
+        cdef list peeked = []
+        cdef Index *index = &self.indexes[dead_letter]
+        cdef Entry *entry
+        cdef int64_t place
+        self.advance(now, wall)
+        place = index_seek(index, number_of(from_number, "from_sequence_number"))
+        while place < index.tail and PyList_GET_SIZE(peeked) < max_count:
+            entry = index.items[place & index.mask].entry
+            place += 1
+            if entry != NULL:
+                peeked.append(make_received(
+                    <Message>entry.message, None, entry.deliveries, entry.enqueued_at, NAN, NAN, NAN, entry.number,
+                    None if entry.reason == NULL else <str>entry.reason,
+                    None if entry.description == NULL else <str>entry.description,
+                ))
+        return peeked
+
+    def counts(self, double now, double wall):
+        """Return how many messages are active, in flight, scheduled (or held back), deferred, and dead."""
+        self.advance(now, wall)
+        cdef int64_t *tally = self.tally[0]
+        return (
+            tally[FRESH] + tally[RETURNED], tally[LOCKED], tally[SCHEDULED] + tally[HELD_BACK], tally[DEFERRED],
+            self.indexes[1].live,
+        )

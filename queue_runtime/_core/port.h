@@ -36,6 +36,43 @@
     atomic_compare_exchange_weak_explicit((p), (expected), (v), (won), (lost))
 #endif
 
+/* Write all of it at a place in a file, or return the errno: then the file may have a part of it. */
+#if defined(_WIN32)
+#include <io.h>
+static inline int qr_write_at(int file, const void *data, size_t size, int64_t offset) {
+    const char *from = (const char *)data;
+    if (_lseeki64(file, offset, 0) < 0) return errno;
+    while (size) {
+        int wrote = _write(file, from, size < (1u << 30) ? (unsigned)size : 1u << 30);
+        if (wrote <= 0) return wrote ? errno : EIO;
+        from += wrote;
+        size -= (size_t)wrote;
+    }
+    return 0;
+}
+static inline int qr_cut(int file, int64_t size) { return _chsize_s(file, size); }
+#else
+#include <unistd.h>
+static inline int qr_write_at(int file, const void *data, size_t size, int64_t offset) {
+    const char *from = (const char *)data;
+    while (size) {
+        ssize_t wrote = pwrite(file, from, size, (off_t)offset);
+        if (wrote < 0 && errno == EINTR) continue;
+        if (wrote <= 0) return wrote ? errno : EIO;
+        from += wrote;
+        offset += wrote;
+        size -= (size_t)wrote;
+    }
+    return 0;
+}
+static inline int qr_cut(int file, int64_t size) {
+    int done;
+    do done = ftruncate(file, (off_t)size);
+    while (done < 0 && errno == EINTR);
+    return done < 0 ? errno : 0;
+}
+#endif
+
 #if defined(_WIN32)
 #include <malloc.h>
 static inline void *qr_alloc_lines(size_t size) { return _aligned_malloc(size, QR_LINE); }

@@ -224,14 +224,14 @@ class _Broker:
 _shared: weakref.WeakValueDictionary[str, _Broker] = weakref.WeakValueDictionary()
 
 
-def _broker_for(config: InMemoryConfig, clock: Clock) -> _Broker:
+def _broker_for(config: InMemoryConfig, clock: Clock, make: type[_Broker]) -> _Broker:
     if not config.name:
-        return _Broker(config, clock)
+        return make(config, clock)
     broker = _shared.get(config.name)
     if broker is None:
-        broker = _shared[config.name] = _Broker(config, clock)
+        broker = _shared[config.name] = make(config, clock)
         return broker
-    for setting in (*_SHARED_SETTINGS, *_BODY_SETTINGS):
+    for setting in (*_SHARED_SETTINGS, *_BODY_SETTINGS, "path", "fsync", "fsync_interval"):
         if getattr(config, setting) != getattr(broker.config, setting):
             raise ConfigurationError(
                 setting, f"memory://{config.name} is in use with {getattr(broker.config, setting)!r}; give the same"
@@ -258,10 +258,14 @@ class InMemoryProvider:
     Thread-safety: for one event loop's thread only; there, any number of tasks may use it at once.
     """
 
+    _broker_type: type[_Broker] = _Broker
+    _receiver_type: type[InMemoryReceiver]
+    _session_receiver_type: type[InMemorySessionReceiver]
+
     def __init__(self, config: InMemoryConfig, *, clock: Clock) -> None:
         self._config = config
         self._clock = clock
-        self._broker = _broker_for(config, clock)
+        self._broker = _broker_for(config, clock, self._broker_type)
         self._broker.users += 1
         self._receivers: set[InMemoryReceiver] = set()
         self._waits: set[asyncio.Future[None]] = set()
@@ -338,7 +342,8 @@ class InMemoryProvider:
     async def open_receiver(self, queue_name: str, *, dead_letter: bool = False) -> Receiver:
         queue = self._queue(queue_name)
         link = queue.engine.open_link(dead_letter)
-        return InMemoryReceiver(self, self._receivers, queue, link, queue.dead if dead_letter else queue.plain)
+        line = queue.dead if dead_letter else queue.plain
+        return self._receiver_type(self, self._receivers, queue, link, line)
 
     async def accept_session(self, queue_name: str, session_id: str | None, timeout: float) -> SessionReceiver | None:
         queue = self._queue(queue_name)
@@ -351,7 +356,7 @@ class InMemoryProvider:
             if queue.waiters:
                 queue.look()
             if link is not None:
-                return InMemorySessionReceiver(self, self._receivers, queue, link, _Line(link))
+                return self._session_receiver_type(self, self._receivers, queue, link, _Line(link))
             if deadline - now <= _EARLY:
                 return None
             await queue.wait(queue.sessions, self._waits, deadline, again=again)
@@ -538,6 +543,10 @@ class InMemorySessionReceiver(InMemoryReceiver):
     async def set_state(self, state: bytes | None) -> None:
         self._bind()
         self._engine.set_state(self._link, state, self._now(), self._wall())
+
+
+InMemoryProvider._receiver_type = InMemoryReceiver
+InMemoryProvider._session_receiver_type = InMemorySessionReceiver
 
 
 if TYPE_CHECKING:
