@@ -21,8 +21,10 @@ from queue_runtime.errors import (
     ConfigurationError,
     InvalidReceiptError,
     QueueRuntimeError,
+    SessionLockLostError,
     ValidationError,
 )
+from queue_runtime.links import Links
 from queue_runtime.message import Message, QueueName, Receipt, ReceivedMessage, SessionId
 from queue_runtime.providers import open_provider
 from queue_runtime.providers.base import (
@@ -35,7 +37,6 @@ from queue_runtime.providers.base import (
     Outcome,
     Provider,
     QueueCounts,
-    Receiver,
 )
 from queue_runtime.renewal import LockRenewer, LostCallback
 from queue_runtime.retry import Retrier
@@ -109,12 +110,11 @@ class QueueClient:
         self._settler = Settler(
             self.config,
             in_process=self._provider.capabilities.settles_in_process,
+            clock=self.clock,
             over=None if self._renewer is None else self._renewer.forget,
         )
-        self._lanes: dict[int, Lane] = {}
-        self._main_lanes: dict[str, Lane] = {}
-        self._dead_letter_lanes: dict[str, Lane] = {}
-        self._opening = asyncio.Lock()
+        self._links = Links(self._provider, self._settler, self._renewer, self._retrier)
+        self._lanes = self._links.by_id
         self._closing = asyncio.Lock()
         self._lost_listeners: list[LostCallback] = []
         self._closed = False
@@ -194,13 +194,15 @@ class QueueClient:
         Cancelling the call loses no message. Raises QueueNotFoundError.
         """
         _check_queue_name(queue_name)
-        lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes, timeout)
+        lanes = self._links.main
+        lane = lanes.get(queue_name) or await self._lane(queue_name, lanes, timeout)
         return await self.receive_on(lane, max_count, timeout)
 
     async def receive_message(self, queue_name: str, timeout: Seconds = 20.0) -> ReceivedMessage | None:
         """Return the next message, or None after ``timeout`` seconds."""
         _check_queue_name(queue_name)
-        lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes, timeout)
+        lanes = self._links.main
+        lane = lanes.get(queue_name) or await self._lane(queue_name, lanes, timeout)
         messages = await self.receive_on(lane, 1, timeout)
         return messages[0] if messages else None
 
@@ -212,10 +214,7 @@ class QueueClient:
         _check_queue_name(queue_name)
         for number in sequence_numbers:
             _check_sequence_number("sequence_numbers", number)
-        lane = self._main_lanes.get(queue_name) or await self._open_lane(queue_name, self._main_lanes)
-        messages = await lane.receiver.receive_deferred(sequence_numbers)
-        self._watch(lane, messages)
-        return messages
+        return await self._links.receive_deferred(await self._lane(queue_name, self._links.main), sequence_numbers)
 
     async def peek_messages(
         self, queue_name: str, max_count: int = 10, *, from_sequence_number: int = 0
@@ -283,13 +282,8 @@ class QueueClient:
         _check_queue_name(queue_name)
         if session_id is not None:
             session_id = SessionId(session_id)
-        receiver = await self._provider.accept_session(queue_name, session_id, wait_seconds("timeout", timeout))
-        if receiver is None:
-            return None
-        lane = await self._add_lane(receiver)
-        if self._renewer is not None:
-            self._renewer.watch_session(receiver)
-        return Session(self, lane, receiver)
+        accepted = await self._links.accept(queue_name, session_id, wait_seconds("timeout", timeout))
+        return None if accepted is None else Session(self, *accepted)
 
     # Around the queue.
 
@@ -310,21 +304,28 @@ class QueueClient:
         _check_queue_name(queue_name)
         await self._retrier.call(partial(self._provider.create_queue, queue_name))
 
-    async def close(self) -> None:
+    async def close(self, timeout: Seconds = 30.0) -> None:
         """Settle what is under way, release every message still locked, and leave nothing behind [C23].
+
+        Parameters
+        ----------
+        timeout:
+            Seconds after which settlements that are still on the way, or tried again, are given up; so their messages
+            come back. A service that does not answer does not keep a client from closing.
 
         Safe to call twice; a second caller waits for the first.
         """
-        self._closed = True
+        seconds = wait_seconds("timeout", timeout)
+        self._closed = self._links.is_closed = True
         self._retrier.close()
         async with self._closing:
             try:
                 if self._renewer is not None:
                     await self._renewer.close()
-                await self._settler.close()
+                await self._settler.close(seconds)
             finally:
-                self._lanes.clear()
-                await self._provider.close()
+                await self._links.close()
+                await self._links.close_provider()
 
     # Within the package.
 
@@ -354,10 +355,9 @@ class QueueClient:
 
     async def receive_dead_letters(self, queue_name: str, max_count: int, timeout: Seconds) -> list[ReceivedMessage]:
         """For ``DeadLetters``."""
-        lane = self._dead_letter_lanes.get(queue_name) or await self._open_lane(
-            queue_name, self._dead_letter_lanes, timeout
+        return await self.receive_on(
+            await self._lane(queue_name, self._links.dead_letters, timeout), max_count, timeout
         )
-        return await self.receive_on(lane, max_count, timeout)
 
     async def peek_dead_letters(
         self, queue_name: str, max_count: int, from_sequence_number: int
@@ -404,20 +404,16 @@ class QueueClient:
         """Receive on a lane and have the locks renewed."""
         self._check_open()
         _check_count("max_count", max_count)
+        if self._links.is_supervised:
+            return await self._links.receive(lane, max_count, wait_seconds("timeout", timeout))
         messages = await lane.receiver.receive(max_count, wait_seconds("timeout", timeout))
-        self._watch(lane, messages)
+        if messages:
+            self._links.watch(lane, messages)
         return messages
 
     async def close_session(self, lane: Lane) -> None:
         """For ``Session``: settle what is under way, then release it. Safe to call twice."""
-        if self._lanes.pop(lane.receiver.id, None) is None:
-            return
-        if self._renewer is not None:
-            self._renewer.drop(lane.receiver.id)
-        try:
-            await self._settler.close_lane(lane)
-        finally:
-            await lane.receiver.close()
+        await self._links.close_session(lane)
 
     async def _peek(
         self, queue_name: str, max_count: int, from_sequence_number: int, *, dead_letter: bool
@@ -429,10 +425,6 @@ class QueueClient:
         _check_sequence_number("from_sequence_number", from_sequence_number)
         peek = partial(self._provider.peek, from_sequence_number=from_sequence_number, dead_letter=dead_letter)
         return await self._retrier.call(partial(peek, queue_name, max_count))
-
-    def _watch(self, lane: Lane, messages: list[ReceivedMessage]) -> None:
-        if messages and self._renewer is not None:
-            self._renewer.watch(lane.receiver, [message.receipt for message in messages])
 
     async def _settle_on(self, lane: Lane, disposition: Disposition, receipts: Sequence[Receipt]) -> list[Outcome]:
         outcomes = await lane.settle(disposition, receipts)
@@ -485,29 +477,16 @@ class QueueClient:
             check_sendable(message, self._provider, self.clock)
         return message
 
-    async def _open_lane(self, queue_name: str, lanes: dict[str, Lane], timeout: Seconds | None = None) -> Lane:
-        """Return the lane of the queue, opened by the first who asks; try no longer than ``timeout`` seconds."""
-        within = math.inf if timeout is None else wait_seconds("timeout", timeout)
-        return await self._retrier.call(partial(self._try_to_open_lane, queue_name, lanes), within=within)
-
-    async def _try_to_open_lane(self, queue_name: str, lanes: dict[str, Lane]) -> Lane:
-        self._check_open()
-        async with self._opening:
-            if queue_name not in lanes:
-                dead_letter = lanes is self._dead_letter_lanes
-                lanes[queue_name] = await self._add_lane(
-                    await self._provider.open_receiver(queue_name, dead_letter=dead_letter)
-                )
-            return lanes[queue_name]
-
-    async def _add_lane(self, receiver: Receiver) -> Lane:
-        if self._closed:  # while the receiver was being opened
-            await receiver.close()
-            raise ClosedError("the client is closed")
-        lane = self._lanes[receiver.id] = self._settler.open_lane(receiver)
+    async def _lane(self, queue_name: str, lanes: dict[str, Lane], timeout: Seconds | None = None) -> Lane:
+        lane = lanes.get(queue_name)
+        if lane is None:
+            seconds = math.inf if timeout is None else wait_seconds("timeout", timeout)
+            lane = await self._links.open(queue_name, lanes, seconds)
         return lane
 
     def _locks_lost(self, receiver_id: int, receipts: Sequence[Receipt], error: QueueRuntimeError | None) -> None:
+        if isinstance(error, SessionLockLostError):
+            self._links.session_lost(receiver_id)
         for listener in list(self._lost_listeners):
             listener(receiver_id, receipts, error)
 

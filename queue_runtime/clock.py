@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from time import monotonic as _monotonic, time as _time
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Timer(Protocol):
@@ -118,5 +120,36 @@ async def sleep(clock: Clock, delay: float) -> None:
     timer = clock.call_later(delay, over.set)
     try:
         await over.wait()
+    finally:
+        timer.cancel()
+
+
+class Late(Exception):
+    """What was awaited did not come back within its time, and was cancelled."""
+
+
+async def within(clock: Clock, seconds: float, call: Awaitable[T]) -> T:
+    """Return what ``call`` returns; cancel it and raise Late when it takes longer than that by ``clock``.
+
+    As ``asyncio.timeout``, which knows only the event loop's own time.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    cancelled_before = task.cancelling()
+    is_late = False
+
+    def give_up() -> None:
+        nonlocal is_late
+        is_late = True
+        task.cancel()
+
+    timer = clock.call_later(seconds, give_up)
+    try:
+        return await call
+    except asyncio.CancelledError as error:
+        if is_late and task.uncancel() <= cancelled_before:
+            is_late = False
+            raise Late from error
+        raise
     finally:
         timer.cancel()

@@ -110,6 +110,11 @@ class LockRenewer:
             for receipt in receipts:
                 watch.held.pop(receipt, None)
 
+    def holds(self, receiver_id: int) -> bool:
+        """Whether anything of this receiver is renewed still."""
+        watch = self.watches.get(receiver_id)
+        return watch is not None and (bool(watch.held) or watch.session is not None)
+
     def drop(self, receiver_id: int) -> None:
         """Renew nothing of this receiver any more: it is closed."""
         watch = self.watches.pop(receiver_id, None)

@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from queue_runtime._core.mpcc import MultiProducerConcurrentConsumer
+from queue_runtime.clock import Clock, Late, within
 from queue_runtime.config import ProviderConfig
-from queue_runtime.errors import ClosedError, ProviderError, QueueRuntimeError
+from queue_runtime.errors import (
+    ClosedError,
+    InvalidReceiptError,
+    ProviderError,
+    QueueRuntimeError,
+    QueueTimeoutError,
+)
 from queue_runtime.message import Receipt
 from queue_runtime.providers.base import Disposition, Outcome, Receiver
 from queue_runtime.retry import pause_after
@@ -23,6 +31,9 @@ logger = logging.getLogger("queue_runtime.settlement")
 
 SLOTS = 64
 """Lanes of one MPCC; with more receivers than that, another one is made."""
+
+LONGEST_CALL = 30.0
+"""Seconds after which a batch that has not come back from the service is given up, and tried again by the policy."""
 
 Over = Callable[[int, Sequence[Receipt]], None]
 """Told (receiver_id, receipts) at once when there is nothing left to settle."""
@@ -132,8 +143,9 @@ class Settler:
     Thread-safety: for one event loop's thread only.
     """
 
-    def __init__(self, config: ProviderConfig, *, in_process: bool, over: Over | None = None) -> None:
+    def __init__(self, config: ProviderConfig, *, in_process: bool, clock: Clock, over: Over | None = None) -> None:
         self._config = config
+        self._clock = clock
         self._over = over
         self.is_direct = in_process and config.settlement == "auto"
         self._receivers: list[list[Receiver | None]] = []
@@ -160,10 +172,24 @@ class Settler:
             self._receivers[group][slot] = None
             self._free.append(place)
 
-    async def close(self) -> None:
-        """Settle what is under way and stop."""
-        for mpcc in self._mpccs:
-            await mpcc.complete()
+    async def close(self, timeout: float = math.inf) -> None:
+        """Settle what is under way and stop; after ``timeout`` seconds give up what is not settled yet."""
+        if not self._mpccs:
+            return
+        hurried: list[asyncio.Task[Any]] = []
+
+        def hurry() -> None:
+            logger.warning("the time to settle is over, and what is not settled yet is given up")
+            hurried.extend(asyncio.ensure_future(mpcc.complete(drain=False, timeout=0)) for mpcc in self._mpccs)
+
+        timer = None if timeout == math.inf else self._clock.call_later(timeout, hurry)
+        try:
+            for mpcc in self._mpccs:
+                await mpcc.complete()
+        finally:
+            if timer is not None:
+                timer.cancel()
+            await asyncio.gather(*hurried, return_exceptions=True)
 
     def _add_mpcc(self) -> None:
         config = self._config
@@ -177,7 +203,7 @@ class Settler:
             overflow="unbounded",  # bounded by what was received: nobody settles more than he holds
             slot_capacity=1024,
         )
-        mpcc.start(_pump, receivers)
+        mpcc.start(self._pump, receivers)
         group = len(self._mpccs)
         self._mpccs.append(mpcc)
         self._receivers.append(receivers)
@@ -186,24 +212,31 @@ class Settler:
     def _pause_before_retry(self, error: BaseException, attempt: int) -> float | None:
         return pause_after(self._config.retry, attempt, error)
 
-
-async def _pump(items: list[_Item], slot: int, receivers: list[Receiver | None], cancellation: object) -> list[Outcome]:
-    """Settle a batch of one receiver: a call for each different disposition in it."""
-    receiver = receivers[slot]
-    if receiver is None:
-        raise ClosedError("the receiver of these messages is closed")
-    outcomes: list[Outcome] = [None] * len(items)
-    alike: dict[Disposition, list[int]] = {}
-    for place, item in enumerate(items):
-        alike.setdefault(item.disposition, []).append(place)
-    for disposition, places in alike.items():
-        try:
-            results: Sequence[Outcome] = await receiver.settle(disposition, [items[place].receipt for place in places])
-        except QueueRuntimeError as error:
-            results = [error] * len(places)
-        for place, result in zip(places, results, strict=True):
-            outcomes[place] = result
-    return outcomes
+    async def _pump(
+        self, items: list[_Item], slot: int, receivers: list[Receiver | None], cancellation: object
+    ) -> list[Outcome]:
+        """Settle a batch of one receiver: a call for each different disposition in it."""
+        receiver = receivers[slot]
+        if receiver is None:
+            raise ClosedError("the receiver of these messages is closed")
+        outcomes: list[Outcome] = [None] * len(items)
+        alike: dict[Disposition, list[int]] = {}
+        for place, item in enumerate(items):
+            alike.setdefault(item.disposition, []).append(place)
+        for disposition, places in alike.items():
+            receipts = [items[place].receipt for place in places]
+            results: Sequence[Outcome]
+            try:
+                results = await within(self._clock, LONGEST_CALL, receiver.settle(disposition, receipts))
+            except Late:
+                results = [QueueTimeoutError("settling did not come back in time")] * len(places)
+            except ClosedError:  # the service's doing: the lane is still open
+                results = [InvalidReceiptError(receipt, "its receiver is closed") for receipt in receipts]
+            except QueueRuntimeError as error:
+                results = [error] * len(places)
+            for place, result in zip(places, results, strict=True):
+                outcomes[place] = result
+        return outcomes
 
 
 def failed(error: QueueRuntimeError) -> asyncio.Future[Any]:

@@ -362,7 +362,7 @@ async def test_a_close_that_fails_still_closes_the_provider(recorder: Recorder) 
     message = await one(client)
     assert client._renewer is not None
 
-    async def broken() -> None:
+    async def broken(timeout: float) -> None:
         raise ZeroDivisionError
 
     client._settler.close = broken  # type: ignore[method-assign]

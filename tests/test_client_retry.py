@@ -306,7 +306,7 @@ async def test_receiving_is_left_to_its_caller(recorder: Recorder, clock: Manual
     """Who waits for messages calls again anyhow: a consumer persists by rules of its own."""
     async with open_client(clock) as client:
         await client.receive_messages(QUEUE, 1, 0)
-        receiver: Any = client._main_lanes[QUEUE].receiver
+        receiver: Any = client._links.main[QUEUE].receiver
 
         async def broken(*arguments: Any) -> Any:
             raise BUSY

@@ -28,6 +28,7 @@ FLOORS = [
     {"providers"},
     {"schedule"},
     {"renewal", "sending", "idempotency_sqlite", "settlement", "room", "scaling"},
+    {"links"},
     {"dlq", "sessions", "pressure"},
     {"control", "client"},
     {"context"},

@@ -1,6 +1,7 @@
 """The real in-memory provider behind a recorder: what the client asked of it, and failures on order."""
 
 import asyncio
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,12 +12,13 @@ from queue_runtime import client as client_module
 from queue_runtime.clock import Clock
 from queue_runtime.config import ProviderConfig
 from queue_runtime.errors import QueueRuntimeError
-from queue_runtime.message import Message, Receipt
+from queue_runtime.message import Message, Receipt, ReceivedMessage
 from queue_runtime.providers import open_provider
 from queue_runtime.providers.base import Disposition, Outcome
 
 Fault = Callable[[Sequence[Any]], list[Any] | None]
-"""Given what is settled, renewed or sent: raises, or says the outcomes; None passes the call on."""
+"""Given what is settled, renewed or sent, or who is asked: raises, or says the outcomes, or returns an awaitable that
+does; None passes the call on."""
 
 
 class Recorder:
@@ -28,6 +30,13 @@ class Recorder:
         self.settle_faults: list[Fault] = []
         self.renew_faults: list[Fault] = []
         self.send_faults: list[Fault] = []
+        self.receive_faults: list[Fault] = []
+        self.accept_faults: list[Fault] = []
+        self.open_faults: list[Fault] = []
+        self.close_faults: list[Fault] = []
+        """Of receivers and of the provider."""
+        self.received: list[int] = []
+        """The ids of the receivers that were asked for messages."""
         self.gate: asyncio.Event | None = None
         """Where settle, open_receiver and accept_session wait."""
         self.is_late = False
@@ -55,11 +64,17 @@ class RecordedReceiver:
         self._recorder.settled.append((self._real.id, disposition, list(receipts)))
         if not self._recorder.is_late:
             await self._recorder.pass_gate()
-        given = answer(self._recorder.settle_faults, receipts)
+        given = await came(answer(self._recorder.settle_faults, receipts))
         outcomes: list[Outcome] = await self._real.settle(disposition, receipts) if given is None else given
         if self._recorder.is_late:
             await self._recorder.pass_gate()
         return outcomes
+
+    async def receive(self, max_count: int, timeout: float) -> list[ReceivedMessage]:
+        self._recorder.received.append(self._real.id)
+        await came(answer(self._recorder.receive_faults, [self]))
+        messages: list[ReceivedMessage] = await self._real.receive(max_count, timeout)
+        return messages
 
     async def renew(self, receipts: Sequence[Receipt]) -> list[float | QueueRuntimeError]:
         self._recorder.renewed.append(list(receipts))
@@ -72,6 +87,7 @@ class RecordedReceiver:
         return end
 
     async def close(self) -> None:
+        await came(answer(self._recorder.close_faults, [self]))
         self._recorder.open.discard(self._real.id)
         await self._real.close()
 
@@ -91,12 +107,28 @@ class RecordedProvider:
 
     async def open_receiver(self, *arguments: Any, **options: Any) -> Any:
         await self._recorder.pass_gate()
+        await came(answer(self._recorder.open_faults, arguments))
         return RecordedReceiver(await self._real.open_receiver(*arguments, **options), self._recorder)
 
     async def accept_session(self, *arguments: Any) -> Any:
         await self._recorder.pass_gate()
+        await came(answer(self._recorder.accept_faults, arguments))
         real = await self._real.accept_session(*arguments)
         return None if real is None else RecordedReceiver(real, self._recorder)
+
+    async def close(self) -> None:
+        await came(answer(self._recorder.close_faults, [self]))
+        await self._real.close()
+
+
+async def came(given: Any) -> Any:
+    """What a fault says, or what it says when it has been waited for."""
+    return await given if inspect.isawaitable(given) else given
+
+
+def hang(what: Sequence[Any]) -> Any:
+    """A fault: the call does not come back."""
+    return asyncio.Event().wait()
 
 
 def answer(faults: list[Fault], what: Sequence[Any]) -> list[Any] | None:
