@@ -25,6 +25,9 @@ from queue_runtime.breaker import (
     BreakerState as BreakerState,
     CircuitBreaker as CircuitBreaker,
 )
+from queue_runtime.calling import (
+    HandlerDiedError as HandlerDiedError,
+)
 from queue_runtime.client import (
     QueueClient as QueueClient,
 )
@@ -106,7 +109,16 @@ from queue_runtime.message import (
 from queue_runtime.middleware import (
     Middleware as Middleware,
 )
-from queue_runtime.pressure import MemoryConfig as MemoryConfig
+from queue_runtime.pressure import (
+    MemoryConfig as MemoryConfig,
+)
+from queue_runtime.processors import (
+    AdaptiveBatchProcessor as AdaptiveBatchProcessor,
+    HighThroughputProcessor as HighThroughputProcessor,
+    LowLatencyProcessor as LowLatencyProcessor,
+    Processor as Processor,
+    SessionProcessor as SessionProcessor,
+)
 from queue_runtime.providers.base import (
     Action as Action,
     Capabilities as Capabilities,
@@ -146,6 +158,7 @@ __version__: str
 
 __all__ = [
     "Action",
+    "AdaptiveBatchProcessor",
     "AdaptiveBatchSizer",
     "AlreadyStartedError",
     "AuthenticationFailedError",
@@ -181,12 +194,15 @@ __all__ = [
     "FixedRetry",
     "Handler",
     "HandlerContext",
+    "HandlerDiedError",
+    "HighThroughputProcessor",
     "IdempotencyStore",
     "InMemoryConfig",
     "InvalidReceiptError",
     "Limits",
     "LinearRetry",
     "Load",
+    "LowLatencyProcessor",
     "MPCC",
     "MPCCStats",
     "ManualClock",
@@ -201,6 +217,7 @@ __all__ = [
     "NoKey",
     "NoRetry",
     "PermissionDeniedError",
+    "Processor",
     "Provider",
     "ProviderConfig",
     "ProviderError",
@@ -230,6 +247,7 @@ __all__ = [
     "SessionLockLostError",
     "SessionLockedError",
     "SessionNotFoundError",
+    "SessionProcessor",
     "SessionReceiver",
     "SkipDone",
     "SlotOutOfRangeError",

@@ -376,6 +376,18 @@ class QueueClient:
             self._renewer.forget(receipt.receiver_id, receipts)
         return outcome
 
+    async def settle_many(self, receipts: Sequence[Receipt], disposition: Disposition) -> list[Outcome]:
+        """Settle many alike and return an outcome for each, in order, for those who must not raise."""
+        lanes = self._by_lane(receipts)
+        if len(lanes) == 1 and len(lanes[0][1]) == len(receipts):
+            return await self._settle_on(lanes[0][0], disposition, receipts)
+        outcomes: list[Outcome] = [self._no_lane(receipt) for receipt in receipts]
+        for lane, places in lanes:
+            settled = await self._settle_on(lane, disposition, [receipts[place] for place in places])
+            for place, outcome in zip(places, settled, strict=True):
+                outcomes[place] = outcome
+        return outcomes
+
     def settle_soon(
         self, receipt: Receipt, disposition: Disposition, done: Callable[[Outcome], None]
     ) -> asyncio.Future[None]:
@@ -438,15 +450,7 @@ class QueueClient:
     async def _settle_many(self, messages: Iterable[Settleable], disposition: Disposition) -> None:
         receipts = [_receipt(message) for message in messages]
         self._check_open()
-        lanes = self._by_lane(receipts)
-        if len(lanes) == 1 and len(lanes[0][1]) == len(receipts):
-            outcomes = await self._settle_on(lanes[0][0], disposition, receipts)
-        else:
-            outcomes = [self._no_lane(receipt) for receipt in receipts]
-            for lane, places in lanes:
-                settled = await self._settle_on(lane, disposition, [receipts[place] for place in places])
-                for place, outcome in zip(places, settled, strict=True):
-                    outcomes[place] = outcome
+        outcomes = await self.settle_many(receipts, disposition)
         if any(outcomes):
             raise BatchSettleError(outcomes)
 

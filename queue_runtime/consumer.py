@@ -9,11 +9,15 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from queue_runtime.client import QueueClient
+from queue_runtime.config import integer
 from queue_runtime.errors import AlreadyStartedError, ConfigurationError
-from queue_runtime.feeds import Feed, QueueFeed, SessionFeed
+from queue_runtime.feeds import Feed, QueueFeed
 from queue_runtime.handling import ConsumerConfig, ConsumerObserver, ConsumerStats, Handler
+from queue_runtime.intake import Intake
 from queue_runtime.message import QueueName
 from queue_runtime.runner import Runner
+from queue_runtime.scaling import Limits
+from queue_runtime.session_feed import SessionFeed
 
 logger = logging.getLogger("queue_runtime.consumer")
 
@@ -52,20 +56,26 @@ class Consumer:
         *,
         observer: ConsumerObserver | None = None,
     ) -> None:
-        if not callable(handler):
-            raise ConfigurationError("handler", f"must be a function of a message, not {type(handler).__name__}")
         config = config or ConsumerConfig()
         queue_name = QueueName(queue_name)
         self._client = client
         self._drain_timeout = float(config.drain_timeout)  # type: ignore[arg-type]  # seconds since its creation
-        self._runner = Runner(client, queue_name, handler, config, observer or ConsumerObserver())
         self._tasks: set[asyncio.Task[None]] = set()
-        kinds: list[type[QueueFeed | SessionFeed]] = [QueueFeed]
-        if client.capabilities.sessions:
-            kinds.append(SessionFeed)
-            if self._runner.room.capacity < 2:
-                raise ConfigurationError("prefetch", "must be at least 2: one for sessions, one for other messages")
-        self._feeds: list[Feed] = [kind(self._runner, config, self._spawn, share=1 / len(kinds)) for kind in kinds]
+        self._runner = Runner(client, queue_name, handler, config, observer or ConsumerObserver(), self._spawn)
+        takes_queue = config.source != "sessions"
+        takes_sessions = config.source != "queue" and client.capabilities.sessions
+        if config.source == "sessions":
+            client.require("sessions")
+        if takes_queue and takes_sessions and self._runner.room.capacity < 2:
+            raise ConfigurationError("prefetch", "must be at least 2: one for sessions, one for other messages")
+        share = 0.5 if takes_queue and takes_sessions else 1.0
+        intake = Intake(self._runner)
+        self._queue_feed = QueueFeed(intake, config, share=share) if takes_queue else None
+        self._session_feed = SessionFeed(intake, config, share=share) if takes_sessions else None
+        self._feeds: list[Feed] = [feed for feed in (self._queue_feed, self._session_feed) if feed is not None]
+        self._limits = Limits(
+            self._runner.permits.capacity, self._runner.room.capacity, config.pollers, config.max_sessions
+        )
         self._started = False
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -75,6 +85,27 @@ class Consumer:
     def stats(self) -> ConsumerStats:
         """The counters as they are now."""
         return self._runner.stats
+
+    @property
+    def limits(self) -> Limits:
+        """What it is allowed now."""
+        return self._limits
+
+    def set_limits(self, limits: Limits) -> None:
+        """Allow more or less from now on; what runs and what is held beyond a smaller limit is left to end.
+
+        Raises ConfigurationError for a limit below 1.
+        """
+        for field, value in limits._asdict().items():
+            integer(field, value, minimum=2 if field == "prefetch" and len(self._feeds) == 2 else 1)
+        self._limits = limits
+        self._runner.permits.resize(limits.concurrency)
+        self._runner.room.resize(limits.prefetch)
+        if self._session_feed is not None:
+            self._session_feed.places.resize(limits.sessions)
+        if self._queue_feed is not None:
+            self._queue_feed.set_pollers(limits.pollers)
+            self._queue_feed.call_workers()
 
     async def run(self, *, handle_signals: bool = False) -> ConsumerStats:
         """Work until ``stop`` is called, or the task is cancelled; return the final counters.

@@ -24,13 +24,14 @@ class MessageContext:
     belong to the event loop, ``renew_from_thread`` to every other thread.
     """
 
-    __slots__ = ("_client", "_loop", "_lost", "decision", "message", "session")
+    __slots__ = ("_client", "_is_lost", "_loop", "_lost", "decision", "message", "session")
 
     def __init__(
         self, client: QueueClient, message: ReceivedMessage, lost: AbstractSet[Receipt], session: Session | None = None
     ) -> None:
         self._client = client
         self._lost = lost
+        self._is_lost = False
         self._loop = asyncio.get_running_loop()
         self.message = message
         self.session = session
@@ -50,7 +51,7 @@ class MessageContext:
     @property
     def is_lock_lost(self) -> bool:
         """Whether the lock is lost: what the handler still does, another may be doing as well."""
-        return self.message.receipt in self._lost
+        return self._is_lost or self.message.receipt in self._lost
 
     @property
     def messages(self) -> Sequence[ReceivedMessage]:
@@ -79,6 +80,10 @@ class MessageContext:
         """Decide that it is set aside, to be received by its sequence number. Raises CapabilityError."""
         self._client.require("defer")
         self.decision = DEFER
+
+    def lose(self) -> None:
+        """For the consumer: the message is held no more, while its handler may run on in a thread."""
+        self._is_lost = True
 
     async def renew(self) -> datetime:
         """Extend the lock now; return its new end. Raises InvalidReceiptError when it is lost.

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from queue_runtime.config import Seconds, integer, seconds
+from queue_runtime.breaker import BreakerConfig
+from queue_runtime.calling import Executor
+from queue_runtime.config import Seconds, choice, integer, seconds
 from queue_runtime.errors import ConfigurationError, QueueRuntimeError, ValidationError
 from queue_runtime.message import ReceivedMessage
+from queue_runtime.middleware import Middleware
 from queue_runtime.providers.base import Action, Disposition
+from queue_runtime.retry import FixedRetry, RetryPolicy
 
-Handler = Callable[[ReceivedMessage], object]
-"""An ``async def``, or a plain function, which is run in a thread. Returning completes the message."""
+LONGEST_TEXT = 2000
+"""Characters of an exception's text in a dead letter's description; Service Bus takes 4096 in all."""
+FIVE_ATTEMPTS = FixedRetry(delay=0.0, attempts=5)
+_HERE = os.path.dirname(__file__)
+
+Handler = Callable[..., object]
+"""A function of a message, or of a list of messages, and of its context if it takes two: see ``Consumer``."""
 FailurePolicy = Callable[[ReceivedMessage, Exception], Disposition]
 """From a message and the exception of its handler to what becomes of it."""
 
@@ -40,57 +52,103 @@ class RetryMessage(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsumerConfig:
-    """How a consumer works.
+    """How a consumer works. Durations are in seconds, or timedeltas.
 
     Parameters
     ----------
     max_concurrency:
         Handlers at once; None takes the provider configuration's.
-    prefetch:
-        Messages held at most, waiting and in handlers; None takes the provider configuration's.
+    prefetch, prefetch_bytes:
+        Messages held at most, waiting and in handlers, and their bytes; None takes the provider configuration's
+        number, and no limit of bytes.
+    pollers:
+        Receives of messages without a session at once.
+    source:
+        What is received: ``all``, only messages without a session (``queue``), or only ``sessions``.
+    handler_form:
+        What the handler takes: ``one`` message, or a ``batch``, a list of them, all of one session or of none.
+    executor:
+        Where a plain handler runs: in a ``thread`` (``auto`` as well), or, for one that computes, in a ``process``.
+    middleware:
+        Hooks around receive, handle and settle, the outermost first.
+    min_batch_size, max_batch_size, target_batch_duration:
+        One receive asks for as many messages, and a batch handler gets as many, as are handled in
+        ``target_batch_duration``, by the mean of the last batches, within these bounds [C43].
+    batch_wait:
+        How long the first message waits for a batch handler's batch to fill.
     max_sessions:
         Sessions held at once.
     session_turn:
-        Messages of one session before it is let go, so that another gets its turn.
-    min_batch_size, max_batch_size, target_batch_duration:
-        One receive asks for as many messages as are handled in ``target_batch_duration`` seconds, by the mean of
-        the last batches, within these bounds [C43].
+        Messages of one session before it is let go, if others wait.
+    session_batch:
+        Messages of one session fetched ahead; fewer where ``prefetch`` is short of that for each handler.
+    session_idle:
+        How long a session without messages is kept, unless others wait, so that the next ones find it here.
     receive_timeout:
-        Seconds of one wait for messages.
+        The length of one wait for messages.
     drain_timeout:
-        Seconds that running handlers get to finish after ``stop``.
-    max_attempts:
-        The failure of this delivery of a message sends it to the dead-letter queue, with the exception's class as
-        the reason and its text as the description; earlier failures make it visible again at once.
+        How long running handlers may go on after ``stop``.
+    retry:
+        What follows a failure: its ``attempts`` are deliveries, and the failure of the last one sends the message to
+        the dead-letter queue; its pauses are delays of the redelivery, or, where the provider has none, waits before
+        the message is given back.
     on_failure:
-        Decides instead of ``max_attempts``.
+        Decides instead of ``retry``.
+    breaker:
+        Pauses the fetch while handlers keep failing [C35]; None: never.
 
     Raises ConfigurationError, which names the field.
     """
 
     max_concurrency: int | None = None
     prefetch: int | None = None
-    max_sessions: int = 100
-    session_turn: int = 100
+    prefetch_bytes: int | None = None
+    pollers: int = 1
+    source: Literal["all", "queue", "sessions"] = "all"
+    handler_form: Literal["one", "batch"] = "one"
+    executor: Executor = "auto"
+    middleware: Sequence[Middleware] = ()
     min_batch_size: int = 1
     max_batch_size: int = 100
     target_batch_duration: Seconds = 1.0
+    batch_wait: Seconds = 0.0
+    max_sessions: int = 100
+    session_turn: int = 100
+    session_batch: int = 10
+    session_idle: Seconds = 1.0
     receive_timeout: Seconds = 20.0
     drain_timeout: Seconds = 30.0
-    max_attempts: int = 5
+    retry: RetryPolicy = FIVE_ATTEMPTS
     on_failure: FailurePolicy | None = None
+    breaker: BreakerConfig | None = None
 
     def __post_init__(self) -> None:
-        for field in ("max_concurrency", "prefetch"):
+        for field in ("max_concurrency", "prefetch", "prefetch_bytes"):
             if getattr(self, field) is not None:
                 integer(field, getattr(self, field), minimum=1)
-        for field in ("max_sessions", "session_turn", "min_batch_size", "max_batch_size", "max_attempts"):
+        for field in ("pollers", "max_sessions", "session_turn", "session_batch", "min_batch_size", "max_batch_size"):
             integer(field, getattr(self, field), minimum=1)
         integer("max_batch_size", self.max_batch_size, minimum=self.min_batch_size, maximum=10_000)
-        for field, minimum in (("target_batch_duration", 0.001), ("receive_timeout", 0.001), ("drain_timeout", 0.0)):
+        choice("source", self.source, ("all", "queue", "sessions"))
+        choice("handler_form", self.handler_form, ("one", "batch"))
+        choice("executor", self.executor, ("auto", "thread", "process"))
+        for field, minimum in (
+            ("target_batch_duration", 0.001),
+            ("batch_wait", 0.0),
+            ("session_idle", 0.0),
+            ("receive_timeout", 0.001),
+            ("drain_timeout", 0.0),
+        ):
             object.__setattr__(self, field, seconds(field, getattr(self, field), minimum=minimum))
+        if isinstance(self.middleware, str) or not all(isinstance(one, Middleware) for one in self.middleware):
+            raise ConfigurationError("middleware", "must be a sequence of Middleware objects")
+        object.__setattr__(self, "middleware", tuple(self.middleware))
+        if not callable(getattr(self.retry, "pause", None)):
+            raise ConfigurationError("retry", f"must be a policy such as ExponentialRetry, not {self.retry!r}")
         if self.on_failure is not None and not callable(self.on_failure):
             raise ConfigurationError("on_failure", "must be a function of the message and the exception")
+        if self.breaker is not None and not isinstance(self.breaker, BreakerConfig):
+            raise ConfigurationError("breaker", f"must be a BreakerConfig or None, not {type(self.breaker).__name__}")
 
 
 class ConsumerStats(NamedTuple):
@@ -100,6 +158,7 @@ class ConsumerStats(NamedTuple):
     completed: int = 0
     abandoned: int = 0
     dead_lettered: int = 0
+    deferred: int = 0
     failed: int = 0
     """Handlers that raised."""
     locks_lost: int = 0
@@ -113,6 +172,10 @@ class ConsumerStats(NamedTuple):
     """Held, and not in a handler yet or any more."""
     running: int = 0
     """In a handler now."""
+    handler_seconds: float = 0.0
+    """Time in handlers, added up; a batch counts once."""
+    held_bytes: int = 0
+    """The size of all messages that are held."""
 
 
 class ConsumerObserver:
@@ -131,12 +194,36 @@ class ConsumerObserver:
     def session_closed(self, session_id: str) -> None: ...
 
 
-def default_policy(max_attempts: int) -> FailurePolicy:
-    """Abandon, until the failure of the last attempt dead-letters."""
+def policy_of(retry: RetryPolicy) -> FailurePolicy:
+    """Abandon with the policy's pauses, until the failure of its last attempt makes the message a dead letter."""
 
     def decide(message: ReceivedMessage, error: Exception) -> Disposition:
-        if message.delivery_count < max_attempts:
-            return Disposition(Action.ABANDON)
-        return Disposition(Action.DEAD_LETTER, reason=type(error).__name__, description=str(error) or None)
+        pause = retry.pause(message.delivery_count)
+        return poison(message, error) if pause is None else Disposition(Action.ABANDON, delay=pause)
 
     return decide
+
+
+def poison(message: ReceivedMessage, error: Exception) -> Disposition:
+    """Return what makes ``message`` a dead letter of its handler's ``error``.
+
+    The reason is the exception's class; the description its text, the attempts, and a digest of the traceback, equal
+    for failures at the same place, so that dead letters can be counted by their cause.
+    """
+    text = str(error)
+    if len(text) > LONGEST_TEXT:
+        text = text[: LONGEST_TEXT - 1] + "…"
+    told = f"attempts={message.delivery_count} {_traceback_digest(error)}"
+    return Disposition(Action.DEAD_LETTER, reason=type(error).__name__, description=f"{text}\n{told}" if text else told)
+
+
+def _traceback_digest(error: Exception) -> str:
+    frames = list(traceback.extract_tb(error.__traceback__))
+    frames = [frame for frame in frames if os.path.dirname(frame.filename) != _HERE] or frames
+    places = [f"{os.path.basename(frame.filename)}:{frame.name}:{frame.lineno}" for frame in frames]
+    remote = error.__cause__  # of a handler in another process: its traceback, as text
+    if type(remote).__name__ == "_RemoteTraceback":
+        places.append(str(remote))
+    digest = hashlib.sha256("\n".join([type(error).__qualname__, *places]).encode()).hexdigest()[:12]
+    at = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    return f"traceback={digest}{at}"

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+FIRST_MESSAGES = 10
+"""So many messages are taken to fill a byte bound, until one was seen."""
+PART = 0.5
+"""The share of the free bytes that one receive may reckon with."""
+SLOWLY = 0.1
+"""The share of the way that the reckoned size goes down with each receive."""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +38,16 @@ class Room:
         self._closed = False
 
     @property
+    def free(self) -> int:
+        """Places that nobody has taken; below 0 while more are taken than a smaller capacity allows."""
+        return self._free
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for a place."""
+        return bool(self._takers)
+
+    @property
     def taken(self) -> int:
         """Places that are taken, also by those that wait for messages to come."""
         return self.capacity - self._free
@@ -45,11 +63,12 @@ class Room:
             The largest part of the free places that may be taken, so that somebody who waits long for messages
             leaves room to others.
         at_least:
-            Wait until so many are free, for a batch that is worth its cost; ``hurry`` ends such a wait.
+            Wait until so many are free, for a batch that is worth its cost, or all there are; ``hurry`` ends such a
+            wait.
         """
         if self._closed:
             return 0
-        if not self._takers and self._free >= at_least:
+        if not self._takers and self._free >= min(at_least, self.capacity):
             return self._grant(wanted, share)
         taker = _Taker(asyncio.get_running_loop().create_future(), wanted, share, at_least)
         self._takers.append(taker)
@@ -66,7 +85,7 @@ class Room:
 
     def take_one(self) -> bool:
         """Take one place if that needs no waiting."""
-        if self._takers or not self._free or self._closed:
+        if self._takers or self._free <= 0 or self._closed:
             return False
         self._free -= 1
         return True
@@ -85,6 +104,12 @@ class Room:
         if self._takers:
             self._serve()
 
+    def resize(self, capacity: int) -> None:
+        """Have another capacity, 1 at least; what is taken beyond a smaller one stays taken until it is given back."""
+        self._free += capacity - self.capacity
+        self.capacity = capacity
+        self._serve()
+
     def hurry(self) -> None:
         """Let takers that wait for a large batch have what there is: there is nothing else to do."""
         for taker in self._takers:
@@ -99,12 +124,85 @@ class Room:
     def _serve(self) -> None:
         # One after another: a taker that waits for a large batch holds up nobody who would take less.
         waiting: deque[_Taker] = deque()
-        while self._takers and self._free:
+        while self._takers and self._free > 0:
             taker = self._takers.popleft()
             if taker.future.done():
                 continue
-            if self._free < taker.at_least:
+            if self._free < min(taker.at_least, self.capacity):
                 waiting.append(taker)
             else:
                 taker.future.set_result(self._grant(taker.wanted, taker.share))
         self._takers.extendleft(reversed(waiting))
+
+
+class ByteBound:
+    """The bound on the bytes of the messages that are held [C39].
+
+    Nobody knows the size of a message before it is there, so what a receive may bring is reckoned from the largest
+    recent one. What is held passes the limit by the misjudgement of the receives under way at most, and by nothing
+    once sizes are alike.
+
+    Parameters
+    ----------
+    limit:
+        Bytes; None: no limit.
+
+    Thread-safety: for one event loop's thread only.
+    """
+
+    __slots__ = ("_expected", "_takers", "_typical", "held", "limit")
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.held = 0
+        self._expected = 0.0
+        self._typical = 0.0 if limit is None else limit / FIRST_MESSAGES
+        self._takers: deque[asyncio.Future[None]] = deque()
+
+    async def reserve(self, wanted: int) -> tuple[int, float]:
+        """Wait until there is room for a message; return how many of ``wanted`` fit, 1 at least, and their bytes."""
+        if self.limit is None:
+            return wanted, 0.0
+        while (taken := self.held + self._expected) and taken + self._typical > self.limit:
+            taker = asyncio.get_running_loop().create_future()
+            self._takers.append(taker)
+            try:
+                await taker
+            except asyncio.CancelledError:
+                self._wake()  # in case that it was this one's turn
+                raise
+        # A part of the room, as whoever waits long for messages must leave some to others.
+        fitting = max(1, min(wanted, int((self.limit - taken) * PART / self._typical)))
+        reserved = fitting * self._typical
+        self._expected += reserved
+        return fitting, reserved
+
+    def arrived(self, reserved: float, sizes: Sequence[int]) -> None:
+        """Count what came for a reservation of so many bytes."""
+        self.held += sum(sizes)
+        if self.limit is not None:
+            self._expected = max(0.0, self._expected - reserved)
+            if sizes:
+                # Up at once, down slowly: the next receive must not take a hundred times what it reckoned with.
+                largest = max(sizes)
+                self._typical = max(1.0, largest, self._typical + (largest - self._typical) * SLOWLY)
+            self._wake()
+
+    def give(self, size: int) -> None:
+        """Give back what so many bytes took."""
+        self.held -= size
+        if self._takers:
+            self._wake()
+
+    def resize(self, limit: int | None) -> None:
+        """Have another limit from now on."""
+        if limit is not None and self.limit is None:
+            self._typical = limit / FIRST_MESSAGES
+        self.limit = limit
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._takers:
+            taker = self._takers.popleft()
+            if not taker.done():
+                taker.set_result(None)

@@ -1,17 +1,20 @@
-"""One message after another: run its handler, settle what came of it, keep the count."""
+"""One message after another, or one batch: run the handler, settle what came of it, keep the count."""
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import inspect
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, Protocol, cast
 
+from queue_runtime.breaker import BreakerState, CircuitBreaker
+from queue_runtime.calling import call_of
 from queue_runtime.client import QueueClient
+from queue_runtime.clock import sleep
+from queue_runtime.context import BatchContext, HandlerContext, MessageContext
 from queue_runtime.errors import QueueRuntimeError
 from queue_runtime.handling import (
     ConsumerConfig,
@@ -20,14 +23,46 @@ from queue_runtime.handling import (
     Handler,
     RejectMessage,
     RetryMessage,
-    default_policy,
+    policy_of,
 )
 from queue_runtime.message import Receipt, ReceivedMessage
+from queue_runtime.middleware import Chain
 from queue_runtime.providers.base import ABANDON, COMPLETE, Action, Disposition, Outcome
-from queue_runtime.room import Room
+from queue_runtime.room import ByteBound, Room
+from queue_runtime.sessions import Session
 from queue_runtime.settlement import unexpected
 
 logger = logging.getLogger("queue_runtime.consumer")
+
+Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+
+
+class _Run(Protocol):
+    """What runs a handler on a message: its task, or the batch that the message is part of."""
+
+    def cancel(self) -> object: ...
+
+
+class _BatchRun:
+    """A batch in its handler: lost message by message, and cancelled with the last of them."""
+
+    __slots__ = ("_left", "_task")
+
+    def __init__(self, task: asyncio.Task[Any], count: int) -> None:
+        self._task = task
+        self._left = count
+
+    def cancel(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._task.cancel()
+
+
+class _Stopped(Exception):
+    """The handler was cancelled: the drain is over, or the locks are lost."""
+
+
+_STOPPED = _Stopped()
 
 
 @dataclass(slots=True)
@@ -38,12 +73,14 @@ class _Counters:
     completed: int = 0
     abandoned: int = 0
     dead_lettered: int = 0
+    deferred: int = 0
     failed: int = 0
     locks_lost: int = 0
     settle_errors: int = 0
     batches: int = 0
     sessions: int = 0
     sessions_open: int = 0
+    handler_seconds: float = 0.0
 
 
 class Runner:
@@ -59,33 +96,50 @@ class Runner:
         handler: Handler,
         config: ConsumerConfig,
         observer: ConsumerObserver,
+        spawn: Spawn,
     ) -> None:
         self.client = client
         self.queue_name = queue_name
         self.observer = observer
+        self.spawn = spawn
         self.counters = _Counters()
-        self.max_concurrency = config.max_concurrency or client.config.max_concurrency
         self.room = Room(config.prefetch or client.config.prefetch)
-        self._handler = handler
-        self._threads = None if _is_async(handler) else self._pool()
-        self._on_failure = config.on_failure or default_policy(config.max_attempts)
-        self._permits = Room(self.max_concurrency)
-        self._held: dict[Receipt, asyncio.Task[Any] | None] = {}
-        self._running = 0
-        self._lost: set[Receipt] = set()
+        self.bytes = ByteBound(config.prefetch_bytes)
+        self.permits = Room(config.max_concurrency or client.config.max_concurrency)
+        self.is_batch = config.handler_form == "batch"
+        self.breaker = None if config.breaker is None else CircuitBreaker(config.breaker, client.clock, self._changed)
+        self.breaker_moved = asyncio.Event()
+        """Set when the breaker has another state, or nothing is held any more."""
+        self.chain = Chain(config.middleware)
         self.settling: set[asyncio.Future[Any]] = set()
         """Settlements under way that nobody waits for."""
         self.is_beginning = True
         """Whether handlers still begin; false once the consumer drains."""
+        self._call = call_of(handler, config.executor, self.permits.capacity)
+        self._needs_context = self._call.takes_context or self.chain.handle is not None or self.is_batch
+        self._on_failure = config.on_failure or policy_of(config.retry)
+        self._can_delay = client.capabilities.abandon_delay
+        self._held: dict[Receipt, _Run | None] = {}
+        self._lost: set[Receipt] = set()
+        self._running = 0
+        self._waits: set[asyncio.Future[Any]] = set()
         self._cancelling = False
 
     @property
     def stats(self) -> ConsumerStats:
         waiting = len(self._held) - self._running
-        return ConsumerStats(**asdict(self.counters), waiting=waiting, running=self._running)
+        return ConsumerStats(
+            **asdict(self.counters), waiting=waiting, running=self._running, held_bytes=self.bytes.held
+        )
 
-    def take_over(self, messages: Sequence[ReceivedMessage]) -> None:
-        """Count these as held from now on; their room was taken before."""
+    @property
+    def holds_any(self) -> bool:
+        return bool(self._held)
+
+    # Holding.
+
+    def hold(self, messages: Sequence[ReceivedMessage]) -> None:
+        """Hold these from now on; their room was taken before."""
         self._held.update(dict.fromkeys([message.receipt for message in messages]))
         self.counters.received += len(messages)
         self.counters.batches += 1
@@ -93,133 +147,196 @@ class Runner:
 
     def let_go(self, messages: Sequence[ReceivedMessage]) -> None:
         """Hold these no longer, however that came about."""
+        size = 0
         for message in messages:
             self._held.pop(message.receipt, None)
             self._lost.discard(message.receipt)
+            size += message.size
+        self.bytes.give(size)
         self.room.give(len(messages))
+        if not self._held:
+            self.breaker_moved.set()
 
-    async def handle(self, message: ReceivedMessage) -> Disposition | None:
-        """Run the handler when one may run; return how to settle, or None when the right to settle is lost."""
+    # Handling.
+
+    async def handle(self, message: ReceivedMessage, session: Session | None = None) -> Disposition | None:
+        """Run the handler when one may run; return how to settle, or None when the right to settle is lost.
+
+        While the breaker keeps handlers from running, the message is held: its deliveries do not grow.
+        """
+        messages = (message,)
         try:
-            if not self._permits.take_one() and not await self._permits.take(1):
-                return ABANDON
-            try:
-                return None if message.receipt in self._lost else await self._run(message)
-            finally:
-                self._permits.give(1)
+            while await self._admitted():
+                if self._lost_of(messages):
+                    self._withdraw()
+                    return None
+                context = MessageContext(self.client, message, self._lost, session) if self._needs_context else None
+                error = await self._run(message, context, messages)
+                if message.receipt in self._lost:
+                    if context is not None:
+                        context.lose()
+                    return None
+                verdict = self._judge(message, context, error)
+                if verdict is not None:
+                    return verdict
+            return ABANDON
         except GeneratorExit:  # the event loop is gone: nothing can be awaited any more
             raise
         except BaseException:  # this very task is cancelled, or the process is to end
             await self.settle(message, ABANDON)
             raise
 
-    async def settle(self, message: ReceivedMessage, disposition: Disposition | None) -> QueueRuntimeError | None:
-        """Settle, count, and let go; return the error, if it came to one."""
-        error = None
+    async def handle_batch(
+        self, messages: Sequence[ReceivedMessage], session: Session | None = None
+    ) -> list[Disposition | None]:
+        """Do the same with a batch; return for each message, in order."""
+        verdicts: dict[Receipt, Disposition | None] = {}
+        left = list(messages)
         try:
-            if disposition is not None:
-                try:
-                    error = await self.client.settle(message.receipt, disposition)
-                except Exception as bug:
-                    error = unexpected(bug, self.client.provider_name)
-                self._count(message, disposition, error)
-        finally:
-            self.let_go((message,))
-        return error
+            while left and await self._admitted():
+                lost = self._lost_of(left)
+                verdicts.update(dict.fromkeys(lost))
+                left = [message for message in left if message.receipt not in lost]
+                if not left:
+                    self._withdraw()
+                    break
+                contexts = [MessageContext(self.client, message, self._lost, session) for message in left]
+                error = await self._run(left, BatchContext(contexts), left)
+                held = []
+                for message, context in zip(left, contexts, strict=True):
+                    if message.receipt in self._lost:
+                        context.lose()
+                        verdicts[message.receipt] = None
+                    elif (verdict := self._judge(message, context, error)) is not None:
+                        verdicts[message.receipt] = verdict
+                    else:
+                        held.append(message)
+                left = held
+        except GeneratorExit:
+            raise
+        except BaseException:
+            await self.settle_all([(message, ABANDON) for message in messages])
+            raise
+        return [verdicts.get(message.receipt, ABANDON) for message in messages]
 
-    def settle_later(self, message: ReceivedMessage, disposition: Disposition, then: Callable[[], None]) -> None:
-        """Do the same together with others, without waiting, and call ``then`` at the end."""
+    async def _admitted(self) -> bool:
+        """Wait for the breaker and for a permit; say whether a handler may begin."""
+        breaker = self.breaker
+        while breaker is not None and not breaker.may_try():
+            if not self.is_beginning:
+                return False
+            await self._unless_draining(breaker.wait_until_allowed())
+        if self.is_beginning and (self.permits.take_one() or await self.permits.take(1)):
+            return True
+        if breaker is not None:
+            breaker.abstained()
+        return False
 
-        def settled(outcome: Outcome) -> None:
-            self.settling.discard(future)
-            self._count(message, disposition, outcome)
-            self.let_go((message,))
-            then()
+    def _withdraw(self) -> None:
+        """Give back an admission that was not used."""
+        self.permits.give(1)
+        if self.breaker is not None:
+            self.breaker.abstained()
 
-        future = self.client.settle_soon(message.receipt, disposition, settled)
-        self.settling.add(future)
+    def _lost_of(self, messages: Sequence[ReceivedMessage]) -> set[Receipt]:
+        """Which of them were lost while they waited."""
+        if not self._lost:
+            return set()
+        return {message.receipt for message in messages} & self._lost
 
-    def begin_no_more(self) -> None:
-        """Start no further handler: the messages that wait for one are abandoned at once."""
-        self.is_beginning = False
-        self._permits.close()
-
-    def cancel_all(self) -> None:
-        """Cancel the handlers that run: their messages are abandoned."""
-        self._cancelling = True
-        for task in self._held.values():
-            if task is not None:
-                task.cancel()
-
-    def locks_lost(self, receiver_id: int, receipts: Sequence[Receipt], error: QueueRuntimeError | None) -> None:
-        """Cancel the handlers of messages whose locks are lost, and handle those that wait no more."""
-        for receipt in receipts:
-            if receipt in self._held:
-                self.counters.locks_lost += 1
-                self._lost.add(receipt)
-                task = self._held[receipt]
-                if task is not None:
-                    task.cancel()
-
-    def tell(self, report: Callable[..., None], *what: object) -> None:
-        """Tell the observer; what it raises is logged."""
+    async def _run(
+        self,
+        argument: ReceivedMessage | list[ReceivedMessage],
+        context: HandlerContext | None,
+        messages: Sequence[ReceivedMessage],
+    ) -> Exception | None:
+        """Run the handler, with the admission that was given; return what it raised."""
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        run: _Run = task if len(messages) == 1 else _BatchRun(task, len(messages))
+        for message in messages:
+            self._held[message.receipt] = run
+        error: Exception | None = _STOPPED
+        since = 0 if self.breaker is None else self.breaker.changes
+        now = self.client.clock.monotonic
+        started = now()
+        self._running += len(messages)
         try:
-            report(*what)
-        except Exception:
-            logger.exception("the observer failed, queue=%s", self.queue_name)
-
-    def close(self) -> None:
-        """Let go of the threads. One that runs on in a handler is not waited for."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def _run(self, message: ReceivedMessage) -> Disposition | None:
-        receipt = message.receipt
-        task = self._held[receipt] = _current_task()
-        self._running += 1
-        disposition: Disposition = COMPLETE
-        try:
-            if self._threads is None:
-                await cast(Coroutine[Any, Any, object], self._handler(message))
+            if self.chain.handle is None or context is None:
+                await self._call(argument, context)
             else:
-                call = contextvars.copy_context().run
-                result = await task.get_loop().run_in_executor(self._threads, call, _called, self._handler, message)
-                if inspect.isawaitable(result):
-                    await result
-        except RejectMessage as reject:
-            disposition = Disposition(Action.DEAD_LETTER, reason=reject.reason, description=reject.description)
-        except RetryMessage as retry:
-            disposition = Disposition(Action.ABANDON, delay=retry.delay)
-        except Exception as error:
-            disposition = self._failed(message, error)
-        except asyncio.CancelledError as error:
-            if self._cancelling or receipt in self._lost:
-                disposition = ABANDON
-            elif task.cancelling():
-                raise
-            else:  # not of this task, but of something that the handler awaited
-                failure = CancelledError("what the handler awaited was cancelled")
-                failure.__cause__ = error
-                disposition = self._failed(message, failure)
+                await self.chain.handle(context, partial(self._call_undecided, context))()
+            error = None
+        except Exception as raised:
+            error = raised
+            if not isinstance(raised, RejectMessage | RetryMessage):
+                self._report(messages, raised)
+        except asyncio.CancelledError as cancelled:
+            if not (self._cancelling or self._all_lost(messages)):
+                if task.cancelling():
+                    raise
+                error = CancelledError("what the handler awaited was cancelled")  # of something else than this task
+                error.__cause__ = cancelled
+                self._report(messages, error)
         finally:
-            self._held[receipt] = None
-            self._running -= 1
-        is_lost = receipt in self._lost
-        if is_lost or self._cancelling:
+            for message in messages:
+                self._held[message.receipt] = None
+            self._running -= len(messages)
+            self.counters.handler_seconds += now() - started
+            self.permits.give(1)
+            if self.breaker is not None:
+                self._tell_breaker(self.breaker, error, since)
+        if self._cancelling or (self._lost and self._all_lost(messages)):
             while task.cancelling():  # that was meant for the handler; the task goes on to settle
                 task.uncancel()
-        return None if is_lost else disposition
+        return error
 
-    def _failed(self, message: ReceivedMessage, error: Exception) -> Disposition:
+    async def _call_undecided(self, context: HandlerContext) -> None:
+        """Call the handler with what no middleware has decided."""
+        messages = list(context.messages)
+        if messages:
+            await self._call(messages if self.is_batch else messages[0], context)
+
+    def _all_lost(self, messages: Sequence[ReceivedMessage]) -> bool:
+        return all(message.receipt in self._lost for message in messages)
+
+    def _report(self, messages: Sequence[ReceivedMessage], error: Exception) -> None:
         self.counters.failed += 1
+        first = messages[0]
         logger.warning(
-            "handler failed, queue=%s message_id=%s attempt=%d",
+            "handler failed, queue=%s message_id=%s attempt=%d%s",
             self.queue_name,
-            message.message_id,
-            message.delivery_count,
+            first.message_id,
+            first.delivery_count,
+            f" and {len(messages) - 1} more" if len(messages) > 1 else "",
             exc_info=error,
         )
-        self.tell(self.observer.handler_failed, message, error)
+        for message in messages:
+            self.tell(self.observer.handler_failed, message, error)
+
+    def _tell_breaker(self, breaker: CircuitBreaker, error: Exception | None, since: int) -> None:
+        if error is None or isinstance(error, RejectMessage):  # a bad message is no outage
+            breaker.succeeded(since)
+        elif error is _STOPPED or isinstance(error, RetryMessage):
+            breaker.abstained(since)
+        else:
+            breaker.failed(error, since)
+
+    def _judge(
+        self, message: ReceivedMessage, context: MessageContext | None, error: Exception | None
+    ) -> Disposition | None:
+        """Say how to settle; None: not now, the breaker holds it."""
+        if context is not None and context.decision is not None:
+            return context.decision
+        if error is None:
+            return COMPLETE
+        if error is _STOPPED:
+            return ABANDON
+        if isinstance(error, RejectMessage):
+            return Disposition(Action.DEAD_LETTER, reason=error.reason, description=error.description)
+        if isinstance(error, RetryMessage):
+            return Disposition(Action.ABANDON, delay=error.delay)
+        if self.breaker is not None and self.breaker.state is not BreakerState.CLOSED and self.is_beginning:
+            return None
         try:
             decision = self._on_failure(message, error)
             if not isinstance(decision, Disposition):
@@ -228,6 +345,89 @@ class Runner:
         except Exception:
             logger.exception("the failure policy failed, queue=%s message_id=%s", self.queue_name, message.message_id)
             return ABANDON
+
+    # Settling.
+
+    async def settle(self, message: ReceivedMessage, disposition: Disposition | None) -> QueueRuntimeError | None:
+        """Settle, count, and let go; return the error, if it came to one."""
+        error = None
+        try:
+            if disposition is not None:
+                if self._waits_here(disposition):
+                    await self._unless_draining(sleep(self.client.clock, disposition.delay))
+                    disposition = ABANDON
+                if self.chain.settle is None:
+                    error = await self._settle_one(message, disposition)
+                else:
+                    error = await self._settle_hooked(message, disposition)
+        finally:
+            self.let_go((message,))
+        return error
+
+    def settle_later(
+        self, message: ReceivedMessage, disposition: Disposition | None, then: Callable[[Outcome], None]
+    ) -> None:
+        """Do the same, together with others where that is cheaper, without waiting; call ``then`` at the end."""
+        if disposition is None or self.chain.settle is not None or self._waits_here(disposition):
+            self.spawn(self._settle_then(message, disposition, then))
+            return
+
+        def settled(outcome: Outcome) -> None:
+            self.settling.discard(future)
+            self._count(message, disposition, outcome)
+            self.let_go((message,))
+            then(outcome)
+
+        future = self.client.settle_soon(message.receipt, disposition, settled)
+        self.settling.add(future)
+
+    async def settle_all(self, verdicts: Sequence[tuple[ReceivedMessage, Disposition | None]]) -> bool:
+        """Settle a batch, what is settled alike in one call; say whether all of it is settled."""
+        alike: dict[Disposition | None, list[ReceivedMessage]] = {}
+        for message, disposition in verdicts:
+            alike.setdefault(disposition, []).append(message)
+        outcomes: list[Outcome] = []
+        for disposition, messages in alike.items():
+            if disposition is None or self.chain.settle is not None or self._waits_here(disposition):
+                outcomes += await asyncio.gather(*(self.settle(message, disposition) for message in messages))
+                continue
+            try:
+                try:
+                    results = await self.client.settle_many([message.receipt for message in messages], disposition)
+                except Exception as bug:
+                    results = [unexpected(bug, self.client.provider_name)] * len(messages)
+                for message, outcome in zip(messages, results, strict=True):
+                    self._count(message, disposition, outcome)
+                outcomes += results
+            finally:
+                self.let_go(messages)
+        return None not in alike and not any(outcomes)
+
+    def _waits_here(self, disposition: Disposition) -> bool:
+        """Whether the provider cannot delay, so that the message waits here with its lock renewed."""
+        return disposition.delay > 0 and not self._can_delay
+
+    async def _settle_then(
+        self, message: ReceivedMessage, disposition: Disposition | None, then: Callable[[Outcome], None]
+    ) -> None:
+        then(await self.settle(message, disposition))
+
+    async def _settle_one(self, message: ReceivedMessage, disposition: Disposition) -> Outcome:
+        try:
+            outcome = await self.client.settle(message.receipt, disposition)
+        except Exception as bug:
+            outcome = unexpected(bug, self.client.provider_name)
+        self._count(message, disposition, outcome)
+        return outcome
+
+    async def _settle_hooked(self, message: ReceivedMessage, disposition: Disposition) -> Outcome:
+        assert self.chain.settle is not None
+        try:
+            return await self.chain.settle(message, partial(self._settle_one, message))(disposition)
+        except Exception as bug:
+            error = unexpected(bug, self.client.provider_name)
+            self._count(message, disposition, error)
+            return error
 
     def _count(self, message: ReceivedMessage, disposition: Disposition, error: QueueRuntimeError | None) -> None:
         if error is not None:
@@ -238,24 +438,59 @@ class Runner:
             self.counters.completed += 1
         elif disposition.action is Action.DEAD_LETTER:
             self.counters.dead_lettered += 1
+        elif disposition.action is Action.DEFER:
+            self.counters.deferred += 1
         else:
             self.counters.abandoned += 1
         self.tell(self.observer.message_settled, message, disposition, error)
 
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="queue-runtime-handler")
+    # The end, and what happens meanwhile.
 
+    def begin_no_more(self) -> None:
+        """Let no further handler begin: what waits for its turn is abandoned."""
+        self.is_beginning = False
+        self.permits.close()
+        for wait in self._waits:
+            wait.cancel()
 
-def _current_task() -> asyncio.Task[Any]:
-    return cast("asyncio.Task[Any]", asyncio.current_task())
+    def cancel_all(self) -> None:
+        """Cancel the handlers that run: their messages are abandoned."""
+        self._cancelling = True
+        for run in list(self._held.values()):
+            if run is not None:
+                run.cancel()
 
+    def locks_lost(self, receiver_id: int, receipts: Sequence[Receipt], error: QueueRuntimeError | None) -> None:
+        """Cancel the handlers of messages whose locks are lost, and handle those that wait no more."""
+        for receipt in receipts:
+            if receipt in self._held:
+                self.counters.locks_lost += 1
+                self._lost.add(receipt)
+                run = self._held[receipt]
+                if run is not None:
+                    run.cancel()
 
-def _called(handler: Handler, message: ReceivedMessage) -> object:
-    try:
-        return handler(message)
-    except StopIteration as error:  # Python 3.11 cannot put it into a future: its waiter would never hear of it
-        raise RuntimeError("the handler raised StopIteration") from error
+    def tell(self, report: Callable[..., None], *what: object) -> None:
+        """Tell the observer; what it raises is logged."""
+        try:
+            report(*what)
+        except Exception:
+            logger.exception("the observer failed, queue=%s", self.queue_name)
 
+    def close(self) -> None:
+        """Let go of threads and processes. A thread that runs on in a handler is not waited for."""
+        self._call.close()
 
-def _is_async(handler: Handler) -> bool:
-    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None))  # noqa: B004
+    async def _unless_draining(self, wait: Coroutine[Any, Any, None]) -> None:
+        """Wait, at the longest until the drain begins."""
+        waiting = asyncio.ensure_future(wait)
+        self._waits.add(waiting)
+        try:
+            await asyncio.wait([waiting])
+        finally:
+            self._waits.discard(waiting)
+            waiting.cancel()
+
+    def _changed(self, before: BreakerState, after: BreakerState) -> None:
+        logger.warning("the breaker was %s, is %s, queue=%s", before.value, after.value, self.queue_name)
+        self.breaker_moved.set()

@@ -2,16 +2,17 @@
 
 import asyncio
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from working import QUEUE, messages, running, until
 
 from queue_runtime.client import QueueClient
 from queue_runtime.clock import ManualClock, settle_tasks
@@ -26,8 +27,7 @@ from queue_runtime.errors import (
 from queue_runtime.handling import ConsumerConfig, ConsumerObserver, RejectMessage, RetryMessage
 from queue_runtime.message import Message, ReceivedMessage
 from queue_runtime.providers.base import Action, Disposition
-
-QUEUE = "orders"
+from queue_runtime.retry import FixedRetry
 
 
 @pytest.fixture(params=["auto", "batched"])
@@ -36,28 +36,6 @@ async def client(request: pytest.FixtureRequest) -> AsyncIterator[QueueClient]:
     config = InMemoryConfig(settlement=request.param, settle_interval=0.001, max_concurrency=8, prefetch=50)
     async with QueueClient(config) as client:
         yield client
-
-
-@asynccontextmanager
-async def running(consumer: Consumer) -> AsyncIterator[asyncio.Task[Any]]:
-    task = asyncio.create_task(consumer.run())
-    try:
-        yield task
-        consumer.stop()
-    finally:
-        if not task.done() and sys.exc_info()[0] is not None:
-            consumer.stop_now()  # a failed test must not wait for handlers that never end
-        await asyncio.wait([task])
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that real tasks bring about; the test's own timeout ends it."""
-    while not condition():
-        await asyncio.sleep(0.001)
-
-
-def messages(count: int, **fields: Any) -> list[Message]:
-    return [Message(body=str(number).encode(), **fields) for number in range(count)]
 
 
 async def test_everything_is_handled_once_and_completed(client: QueueClient) -> None:
@@ -184,13 +162,16 @@ async def test_failures_are_tried_again_and_then_dead_lettered(client: QueueClie
         raise ValueError("no such account")
 
     await client.send_message(QUEUE, Message(body=b"x", message_id="poison"))
-    consumer = Consumer(client, QUEUE, handle, ConsumerConfig(max_attempts=3))
+    consumer = Consumer(client, QUEUE, handle, ConsumerConfig(retry=FixedRetry(attempts=3)))
     async with running(consumer):
         await until(lambda: consumer.stats.dead_lettered == 1)
     assert attempts == [1, 2, 3]
     (dead,) = await client.dead_letters(QUEUE).peek_messages()
     assert dead.message_id == "poison"
-    assert (dead.dead_letter_reason, dead.dead_letter_description) == ("ValueError", "no such account")
+    assert dead.dead_letter_reason == "ValueError"
+    text, _, told = (dead.dead_letter_description or "").partition("\n")
+    assert text == "no such account"
+    assert re.fullmatch(r"attempts=3 traceback=[0-9a-f]{12} at test_consumer.py:\d+ in handle", told)
     assert (consumer.stats.failed, consumer.stats.abandoned) == (3, 2)
 
 
@@ -498,7 +479,7 @@ async def test_batches_grow_with_fast_handlers_and_shrink_with_slow_ones() -> No
         ({"target_batch_duration": 0}, "target_batch_duration"),
         ({"receive_timeout": float("nan")}, "receive_timeout"),
         ({"drain_timeout": "soon"}, "drain_timeout"),
-        ({"max_attempts": 1.5}, "max_attempts"),
+        ({"retry": 3}, "retry"),
         ({"on_failure": "abandon"}, "on_failure"),
     ],
 )

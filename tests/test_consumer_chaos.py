@@ -17,7 +17,7 @@ from queue_runtime.errors import QueueRuntimeError, ServiceUnavailableError
 from queue_runtime.handling import ConsumerConfig, ConsumerObserver, RejectMessage, RetryMessage
 from queue_runtime.message import Message, ReceivedMessage
 from queue_runtime.providers.base import Action, Disposition
-from queue_runtime.retry import NoRetry
+from queue_runtime.retry import FixedRetry, NoRetry
 
 QUEUE = "orders"
 SEEDS = 30
@@ -53,7 +53,7 @@ def settings(chance: random.Random) -> tuple[InMemoryConfig, ConsumerConfig]:
         max_sessions=pick([1, 2, 100]),
         session_turn=pick([1, 3, 100]),
         drain_timeout=pick([0.0, 5.0]),
-        max_attempts=pick([2, 50]),
+        retry=FixedRetry(attempts=pick([2, 50])),
         receive_timeout=pick([0.5, 20.0]),
     )
 
@@ -119,7 +119,7 @@ async def test_nothing_is_lost_done_twice_or_left_behind(monkeypatch: pytest.Mon
         assert task.cancelled() or task.exception() is None
         stats, runner = consumer.stats, consumer._runner
         assert stats.waiting == stats.running == stats.sessions_open == 0
-        assert runner.room.taken == runner._permits.taken == 0
+        assert runner.room.taken == runner.permits.taken == 0
         assert [*runner._held, *runner._lost, *runner.settling] == []
         for session_id, numbers in done.numbers.items():
             assert len(numbers) == len(set(numbers))

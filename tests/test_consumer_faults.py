@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from test_consumer import QUEUE, messages, running, until
+from working import QUEUE, messages, running, until
 from wrapping import fail, wrap
 
 from queue_runtime.client import QueueClient

@@ -19,6 +19,7 @@ from queue_runtime.consumer import Consumer
 from queue_runtime.errors import ConfigurationError
 from queue_runtime.handling import ConsumerConfig, ConsumerStats, Handler
 from queue_runtime.providers.base import QueueCounts
+from queue_runtime.retry import FixedRetry
 from queue_runtime.runtime import RuntimeConfiguration
 from queue_runtime.sessions import SessionKey
 
@@ -355,7 +356,7 @@ def consumer_config(client: QueueClient, limits: Mapping[str, Any]) -> ConsumerC
         prefetch=limits["prefetch"],
         max_sessions=limits["max_sessions"],
         drain_timeout=limits["drain_timeout"],
-        max_attempts=attempts or min(5, allowed or 5),
+        retry=FixedRetry(attempts=attempts or min(5, allowed or 5)),
     )
 
 

@@ -50,5 +50,5 @@ async def consumer(client: qr.QueueClient) -> None:
     def handle_in_thread(message: qr.ReceivedMessage) -> int:
         return 1
 
-    assert_type(await qr.Consumer(client, "q", handle, qr.ConsumerConfig(max_attempts=3)).run(), qr.ConsumerStats)
+    assert_type(await qr.Consumer(client, "q", handle, qr.ConsumerConfig(max_sessions=3)).run(), qr.ConsumerStats)
     qr.Consumer(client, "q", handle_in_thread)

@@ -1,0 +1,102 @@
+"""How a consumer's messages come in: within its bounds, past the breaker, whatever passing errors there are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from queue_runtime.breaker import BreakerState
+from queue_runtime.client import MAX_COUNT
+from queue_runtime.clock import sleep
+from queue_runtime.errors import QueueRuntimeError
+from queue_runtime.message import ReceivedMessage
+from queue_runtime.runner import Runner
+
+logger = logging.getLogger("queue_runtime.consumer")
+
+T = TypeVar("T")
+Receive = Callable[[int], Awaitable[list[ReceivedMessage]]]
+
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 30.0
+"""Seconds between attempts to fetch after passing errors: doubled from the first to the longest."""
+
+
+class Intake:
+    """What the feeds of one consumer fetch with.
+
+    Thread-safety: for the client's event loop.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+
+    async def allowed(self) -> int:
+        """Wait while the breaker is open; return how many messages may be fetched: one while it probes."""
+        breaker, runner = self.runner.breaker, self.runner
+        while breaker is not None and (state := breaker.state) is not BreakerState.CLOSED:
+            if state is BreakerState.OPEN:
+                await breaker.wait_until_allowed()
+            elif runner.holds_any:  # that probes
+                runner.breaker_moved.clear()
+                await runner.breaker_moved.wait()
+            else:
+                return 1
+        return MAX_COUNT
+
+    async def fetch(self, granted: int, receive: Receive) -> list[ReceivedMessage]:
+        """Receive into the room that was granted, and give back what was not needed of it."""
+        runner = self.runner
+        came: list[ReceivedMessage] = []
+        messages: list[ReceivedMessage] = []
+        reserved = 0.0
+        try:
+            count, reserved = await runner.bytes.reserve(granted)
+            call = partial(receive, count)
+            if runner.chain.receive is None:
+                messages = await self.persistently(call)
+            else:
+                messages = await self.persistently(runner.chain.receive(partial(_noted, call, came)))
+        finally:
+            runner.room.give(granted - len(messages))
+            runner.bytes.arrived(reserved, [message.size for message in messages])
+            if len(came) > len(messages):
+                kept = {message.receipt for message in messages}
+                runner.spawn(self.release([message for message in came if message.receipt not in kept]))
+        if messages:
+            runner.hold(messages)
+        return messages
+
+    async def persistently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Call, again after a pause while the error is a passing one."""
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                return await call()
+            except QueueRuntimeError as error:
+                if not error.is_transient:
+                    raise
+                wait = max(pause, error.retry_after or 0.0)
+                logger.warning("cannot fetch, queue=%s, again in %.1f s: %s", self.runner.queue_name, wait, error)
+            await sleep(self.runner.client.clock, wait)
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+    async def release(self, messages: Sequence[ReceivedMessage]) -> None:
+        """Give back messages that no handler has begun."""
+        runner = self.runner
+        try:
+            await runner.client.abandon_messages(messages)
+        except Exception as error:
+            is_bug = not isinstance(error, QueueRuntimeError)
+            logger.warning("not all released, queue=%s: %s", runner.queue_name, error, exc_info=is_bug)
+
+
+async def _noted(
+    call: Callable[[], Awaitable[list[ReceivedMessage]]], came: list[ReceivedMessage]
+) -> list[ReceivedMessage]:
+    """Call, and keep what came, whatever a middleware makes of it."""
+    messages = await call()
+    came.extend(messages)
+    return messages
