@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 from queue_runtime.cli.commands import root
 from queue_runtime.cli.lines import LineSplitter
 from queue_runtime.cli.meter import Histogram
-from queue_runtime.cli.screen import shown
+from queue_runtime.cli.telling import shown
 from queue_runtime.client import QueueClient
 from queue_runtime.message import Message
 from queue_runtime.providers.base import QueueCounts

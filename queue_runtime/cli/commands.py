@@ -25,7 +25,8 @@ from queue_runtime.cli.options import (
     with_client,
 )
 from queue_runtime.cli.running import health, run
-from queue_runtime.cli.screen import message_as_json, print_dead_letters, print_json, print_messages, tell
+from queue_runtime.cli.screen import message_as_json, print_dead_letters, print_json, print_messages
+from queue_runtime.cli.telling import tell
 from queue_runtime.client import MAX_COUNT
 from queue_runtime.message import Message, ReceivedMessage
 

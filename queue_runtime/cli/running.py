@@ -26,7 +26,8 @@ from queue_runtime.cli.options import (
     session_key_option,
 )
 from queue_runtime.cli.processes import ManyProcesses
-from queue_runtime.cli.screen import is_live, log_to_stderr, print_json, print_report, progress, tell
+from queue_runtime.cli.screen import is_live, print_json, print_report, progress
+from queue_runtime.cli.telling import log_to_stderr, tell
 from queue_runtime.cli.work import RUNTIMES, Engine, OneProcess, Plan, Report, Work, consumer_config
 from queue_runtime.client import QueueClient
 from queue_runtime.retry import ExponentialRetry

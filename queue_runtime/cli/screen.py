@@ -1,15 +1,13 @@
-"""What the commands print: tables, the progress line, and texts from outside with nothing in them that acts."""
+"""What the commands print: tables and the progress line, with nothing from outside in them that acts."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import json
-import logging
 import os
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,13 +18,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from queue_runtime.cli.telling import shown
 from queue_runtime.cli.work import Report, Work
 from queue_runtime.message import ReceivedMessage
 
 WIDTH = 120
 """Columns where nothing else is known: of a pipe or a file."""
-ALIKE = 3
-"""Log records of one kind that are shown; the others are counted in the table."""
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -46,19 +43,6 @@ def _print(what: Table | Text) -> None:
         screen.print(what)
     for line in captured.get().splitlines():
         sys.stdout.write(line.rstrip() + "\n")  # rich fills lines up to the console's width
-
-
-def tell(sentence: str) -> None:
-    """Say something to the user, on stderr."""
-    sys.stderr.write(shown(sentence) + "\n")
-    sys.stderr.flush()
-
-
-def shown(text: str) -> str:
-    """Return ``text`` with everything escaped that would act on a terminal instead of being seen."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def print_json(value: object) -> None:
@@ -128,7 +112,7 @@ def _summary(report: Report) -> Table:
     _row(table, "run", f"{plan.handler_name} over {plan.queue_name} on {report.provider}, until {ended}")
     if report.processes is not None:
         many = report.processes
-        died = f"{many['died']} died and started again" if many["died"] else "none died"
+        died = f"{many['died']} deaths, {many['starts']} starts" if many["died"] else "none died"
         _row(table, "processes", f"{many['workers']} workers, {died}")
     if report.fed is not None:
         fed = report.fed
@@ -245,47 +229,3 @@ def _table(*columns: str) -> Table:
 
 def _row(table: Table, *cells: str | None) -> None:
     table.add_row(*(Text(shown(cell or "")) for cell in cells))
-
-
-# The library's log.
-
-
-class _Lines(logging.Handler):
-    """A line for each record; for an exception, its class, its text and the place, not the whole traceback."""
-
-    def __init__(self, whole: bool) -> None:
-        super().__init__()
-        self._whole = whole
-        self._seen: Counter[tuple[str, str]] = Counter()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info[1] if record.exc_info else None
-        line = record.getMessage()
-        if not self._whole:
-            kind = (str(record.msg), type(error).__name__)
-            self._seen[kind] += 1
-            if self._seen[kind] > ALIKE:
-                if self._seen[kind] == ALIKE + 1:
-                    tell("note: more of these are only counted; -v shows all")
-                return
-            if error is not None:
-                line += f": {type(error).__name__}: {error}{_place(error)}"
-        tell(f"{record.levelname.lower()}: {line}")
-        if self._whole and error is not None:
-            sys.stderr.write("".join(traceback.format_exception(error)))
-
-
-def log_to_stderr(verbose: bool) -> None:
-    """Show the library's log, unless the handler's module has configured logging itself."""
-    if logging.getLogger().handlers:
-        return
-    logger = logging.getLogger("queue_runtime")
-    for handler in [handler for handler in logger.handlers if isinstance(handler, _Lines)]:
-        logger.removeHandler(handler)
-    logger.addHandler(_Lines(verbose))
-    logger.setLevel(logging.INFO if verbose else logging.WARNING)
-
-
-def _place(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""

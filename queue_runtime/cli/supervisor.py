@@ -23,7 +23,9 @@ FLAGS = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined] 
 WORKER = (sys.executable, *FLAGS, "-m", "queue_runtime.cli.worker")
 """The program of a worker."""
 GRACE = 5.0
-"""Seconds that a worker gets beyond its time to drain, and again after it was told to release all at once."""
+"""Seconds that a worker gets beyond its time to drain."""
+HURRY = 2.0
+"""Seconds that it gets when it was told to release all at once, before it is killed."""
 LATE = 1.0
 """Seconds for the last words of a dead worker: whoever it started may hold its pipes open for ever."""
 
@@ -84,7 +86,7 @@ class Supervisor:
     policy:
         How long to wait before a worker that died is started again, and when to give up.
     drain_timeout:
-        Seconds that a worker may take to end after ``stop``; GRACE later it is told to hurry, and then killed.
+        Seconds that a worker may take to end after ``stop``; GRACE later it is told to hurry, and HURRY later killed.
     steady:
         Seconds of life after which the deaths before are forgotten.
     stdout:
@@ -151,7 +153,7 @@ class Supervisor:
             async with asyncio.timeout(self._drain_timeout + GRACE):
                 await self._hurrying.wait()
         self.stop_now()
-        await asyncio.sleep(GRACE)
+        await asyncio.sleep(HURRY)
         for worker in self._workers.values():
             worker.process.kill()
 

@@ -21,7 +21,7 @@ import click
 from queue_runtime.cli import frames
 from queue_runtime.cli.failure import Code, end_in_spite_of_handlers, failure_of
 from queue_runtime.cli.handlers import load_handler
-from queue_runtime.cli.screen import log_to_stderr, tell
+from queue_runtime.cli.telling import log_to_stderr, tell
 from queue_runtime.cli.work import RUNTIMES, OneProcess, consumer_config
 from queue_runtime.client import QueueClient
 from queue_runtime.errors import QueueRuntimeError
@@ -29,7 +29,7 @@ from queue_runtime.handling import Handler
 
 BEAT = 0.5
 """Seconds between two reports."""
-LAST_RESORT = 5.0
+LAST_RESORT = 2.0
 """Seconds beyond the time to drain after which an orphan ends in spite of everything."""
 LEVELS = {"drain": 1, "release": 2}
 
