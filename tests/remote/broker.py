@@ -77,6 +77,8 @@ class Attachment:
         self.provider = provider
         self.number = random.getrandbits(62)
         self.receivers: dict[int, InMemoryReceiver] = {}
+        self.stolen: set[int] = set()
+        """Receivers of sessions that were taken from them."""
         self.connection: Connection | None = None
         self.leaving: asyncio.TimerHandle | None = None
 
@@ -86,7 +88,7 @@ class Broker:
 
     def __init__(self, folder: Path | None, latency: float) -> None:
         self.folder = folder
-        self.latency = latency
+        self.latency = self.first_latency = latency
         self.keepers: dict[str, InMemoryProvider] = {}
         self.clocks: dict[str, ManualClock | SystemClock] = {}
         self.settings: dict[str, dict[str, Any]] = {}
@@ -133,6 +135,11 @@ class Broker:
     def do_latency(self, seconds: float) -> None:
         self.latency = seconds
 
+    def do_reset(self) -> None:
+        """Let nothing go wrong from now on."""
+        self.faults = Faults()
+        self.latency = self.first_latency
+
     def do_drop(self, count: int = 1_000_000, space: str | None = None) -> int:
         """Drop connections, all or so many chosen at random."""
         found = [c for c in self.connections if c.attachment is not None and space in (None, c.space)]
@@ -174,10 +181,12 @@ class Broker:
         for attachment in self.attachments.values():
             if space not in (None, attachment.connection and attachment.connection.space):
                 continue
-            for receiver in attachment.receivers.values():
+            for number, receiver in attachment.receivers.items():
                 if wanted(receiver):
                     await receiver.close()
                     count += 1
+                    if isinstance(receiver, InMemorySessionReceiver):
+                        attachment.stolen.add(number)
         return count
 
     def do_statistics(self, space: str | None = None) -> dict[str, tuple[int, int]]:
@@ -324,6 +333,9 @@ class Connection(Frames):
     def held(self, number: int) -> InMemorySessionReceiver:
         receiver = self.receiver(number)
         assert isinstance(receiver, InMemorySessionReceiver)
+        assert self.attachment is not None
+        if number in self.attachment.stolen:
+            raise SessionLockLostError(receiver.session_id)
         return receiver
 
     def count(self, method: str, items: int) -> None:
@@ -392,7 +404,7 @@ class Connection(Frames):
             messages = await receiver.receive(max_count, timeout)
         except ClosedError:
             if isinstance(receiver, InMemorySessionReceiver):
-                raise SessionLockLostError(receiver.session_id) from None
+                self.held(number)
             raise
         self.count("receive", len(messages))
         found = [packed(message) for message in messages]
@@ -420,23 +432,31 @@ class Connection(Frames):
 
     async def on_settle(self, number: int, disposition: Disposition, tokens: list[Any]) -> list[Outcome]:
         self.count("settle", len(tokens))
-        try:
-            receipts, places, answers = self.allowed(number, tokens)
-        except ClosedError:
-            return [InvalidReceiptError(None)] * len(tokens)
+        if (lost := self.lost(number)) is not None:
+            return [lost] * len(tokens)
+        receipts, places, answers = self.allowed(number, tokens)
         for place, outcome in zip(places, await self.receiver(number).settle(disposition, receipts), strict=True):
             answers[place] = outcome
         return answers
 
     async def on_renew(self, number: int, tokens: list[Any]) -> list[float | QueueRuntimeError]:
         self.count("renew", len(tokens))
-        try:
-            receipts, places, answers = self.allowed(number, tokens)
-        except ClosedError:
-            return [InvalidReceiptError(None)] * len(tokens)
+        if (lost := self.lost(number)) is not None:
+            return [lost] * len(tokens)
+        receipts, places, answers = self.allowed(number, tokens)
         for place, end in zip(places, await self.receiver(number).renew(receipts), strict=True):
             answers[place] = end
         return answers
+
+    def lost(self, number: int) -> QueueRuntimeError | None:
+        """What became of the right to settle, where the receiver is gone."""
+        assert self.attachment is not None
+        receiver = self.attachment.receivers.get(number)
+        if receiver is None:
+            return InvalidReceiptError(None)
+        if number in self.attachment.stolen and isinstance(receiver, InMemorySessionReceiver):
+            return SessionLockLostError(receiver.session_id)
+        return None
 
     async def on_renew_session(self, number: int) -> float:
         self.count("renew_session", 1)

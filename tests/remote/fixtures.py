@@ -1,7 +1,6 @@
 """pytest's fixtures: one broker for all tests that only use it, and brokers of their own for tests that kill them."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 
 import pytest
 
@@ -9,18 +8,20 @@ from remote.running import RunningBroker
 
 
 @pytest.fixture(scope="session")
-def broker() -> Iterator[RunningBroker]:
-    """The broker of the whole run. Take a space of your own in it: ``broker.config()`` gives one."""
+def _broker_of_the_run() -> Iterator[RunningBroker]:
     with RunningBroker() as running:
         yield running
 
 
 @pytest.fixture
-def own_broker() -> Iterator[Callable[..., RunningBroker]]:
-    """Makes brokers that a test may treat as it likes."""
-    with ExitStack() as stack:
+def broker(_broker_of_the_run: RunningBroker) -> RunningBroker:
+    """The broker of the whole run, without faults. Take a space of your own: ``broker.config()`` names one."""
+    _broker_of_the_run.ask("reset")
+    return _broker_of_the_run
 
-        def start(**options: object) -> RunningBroker:
-            return stack.enter_context(RunningBroker(**options))  # type: ignore[arg-type]
 
-        yield start
+@pytest.fixture
+def own_broker() -> Iterator[RunningBroker]:
+    """A broker that the test may treat as it likes."""
+    with RunningBroker() as running:
+        yield running
