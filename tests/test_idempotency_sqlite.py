@@ -55,6 +55,7 @@ def stored(path: Path) -> set[str]:
     connection = sqlite3.connect(path)
     try:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
         return {key.decode() for (key,) in connection.execute("SELECT key FROM queue_runtime_done")}
     finally:
         connection.close()
@@ -134,13 +135,17 @@ async def test_many_marks_become_few_commits(path: Path, monkeypatch: pytest.Mon
 
 async def test_a_cancelled_mark_is_still_done(path: Path) -> None:
     """[C38] The effect of its handler has happened."""
+    unhandled: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: unhandled.append(context))
     async with SQLiteIdempotencyStore(path) as store:
         tasks = [asyncio.create_task(store.mark([str(number)])) for number in range(10)]
         await asyncio.sleep(0)
-        for task in tasks:
+        for task in tasks[::2]:
             task.cancel()
         await asyncio.wait(tasks)
+        assert [task.cancelled() for task in tasks] == [True, False] * 5
         assert len(await store.done([str(number) for number in range(10)])) == 10
+    assert unhandled == []
 
 
 async def test_the_file_holds_about_a_window(path: Path) -> None:
@@ -336,6 +341,27 @@ async def test_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.to_thread(connections[0].execute, "PRAGMA max_page_count = 100000")
         await store.mark([f"{number:0200}" for number in range(1000)])
         assert await store.done(["a", f"{0:0200}"]) == {"a", f"{0:0200}"}
+
+
+async def test_a_commit_that_fails_half_way_leaves_nothing(path: Path) -> None:
+    """And the next one is not in its way."""
+
+    def refuse_bad() -> None:
+        connection = sqlite3.connect(path)
+        connection.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON queue_runtime_done WHEN new.key = x'626164' "
+            "BEGIN SELECT RAISE(ABORT, 'refused'); END"
+        )
+        connection.close()
+
+    async with SQLiteIdempotencyStore(path) as store:
+        await store.mark(["before"])
+        await asyncio.to_thread(refuse_bad)
+        with pytest.raises(ProviderError, match="refused") as caught:
+            await store.mark(["a", "bad", "c"])
+        assert not caught.value.is_transient
+        await store.mark(["d"])
+        assert await store.done(["before", "a", "bad", "c", "d"]) == {"before", "d"}
 
 
 @pytest.mark.parametrize(
