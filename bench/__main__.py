@@ -24,7 +24,8 @@ from bench.goals import is_met, is_ours
 BENCH = Path(__file__).resolve().parent
 WIDTH = 120
 """Columns of what is no terminal."""
-RIVALS = ["msgspec", "msgpack", "ormsgpack", "janus", "culsans", "uvloop", "pytest-benchmark", "Cython"]
+RIVALS = ["msgspec", "msgpack", "ormsgpack", "janus", "culsans", "aiobreaker", "tenacity", "uvloop"]
+RIVALS += ["pytest-benchmark", "Cython"]
 
 
 class Row(NamedTuple):

@@ -28,6 +28,8 @@ BUSY_TIMEOUT = 5.0
 """Seconds to wait for another process that is writing."""
 MOST_REQUESTS = 1000
 """Requests that are answered with one commit."""
+MARKS_PER_PURGE = 64
+"""So many marks are followed by a purge of twice as many keys that are too old: faster than they come."""
 MOST_VARIABLES = 512
 """Keys in one SELECT."""
 
@@ -182,6 +184,8 @@ class _File:
         self._synchronous = synchronous
         self._clock = clock
         self._connection: sqlite3.Connection | None = None
+        self._unpurged = MARKS_PER_PURGE
+        """Marks since the last purge; the first one purges, for processes that never make many."""
 
     def answer(self, batch: list[_Request]) -> None:
         """Write what is to be marked, in one transaction, then look the others up; note each result or error."""
@@ -218,15 +222,22 @@ class _File:
         until = now + self._window
         # In the order of the keys: the pages of the tree are each gone to once.
         keys = sorted({key for request in requests for key in request.keys})
+        self._unpurged += len(keys)
+        if len(keys) == 1 and self._unpurged < MARKS_PER_PURGE:
+            connection.execute(_MARK, (keys[0], until))  # a transaction of its own
+            return
         connection.execute("BEGIN IMMEDIATE")
         try:
             connection.executemany(_MARK, [(key, until) for key in keys])
-            connection.execute(_PURGE, (now, 2 * len(keys) + 8))  # faster than they come
+            if self._unpurged >= MARKS_PER_PURGE:
+                connection.execute(_PURGE, (now, 2 * self._unpurged))
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+        if self._unpurged >= MARKS_PER_PURGE:
+            self._unpurged = 0
 
     def _look_up(self, connection: sqlite3.Connection, requests: list[_Request]) -> None:
         keys = list({key for request in requests for key in request.keys})
