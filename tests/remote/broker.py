@@ -29,6 +29,7 @@ from queue_runtime.errors import (
 )
 from queue_runtime.message import Receipt, ReceivedMessage
 from queue_runtime.providers.base import ABANDON, Disposition, Outcome
+from queue_runtime.providers.durable import open_memory
 from queue_runtime.providers.memory import InMemoryProvider, InMemoryReceiver, InMemorySessionReceiver
 from remote.frames import Frames
 
@@ -107,10 +108,10 @@ class Broker:
         values = {"name": space, **self.settings.get(space, {}), **settings}
         if self.folder is not None:
             values["path"] = str(self.folder / space)
-        provider = InMemoryProvider(InMemoryConfig(**values), clock=clock)
+        provider = open_memory(InMemoryConfig(**values), clock=clock)
         if space not in self.keepers:
             self.settings[space] = {name: value for name, value in settings.items() if name != "queues"}
-            self.keepers[space] = InMemoryProvider(InMemoryConfig(**values), clock=clock)
+            self.keepers[space] = open_memory(InMemoryConfig(**values), clock=clock)
         return provider
 
     def later(self, coroutine: Any) -> "asyncio.Task[None]":

@@ -1,6 +1,7 @@
 """pytest's fixtures: one broker for all tests that only use it, and brokers of their own for tests that kill them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -21,7 +22,19 @@ def broker(_broker_of_the_run: RunningBroker) -> RunningBroker:
 
 
 @pytest.fixture
-def own_broker() -> Iterator[RunningBroker]:
-    """A broker that the test may treat as it likes."""
-    with RunningBroker() as running:
-        yield running
+def own_broker() -> Iterator[Callable[..., RunningBroker]]:
+    """Starts brokers that the test may treat as it likes; in a fixture, as it blocks."""
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(RunningBroker(**options))
+
+
+@pytest.fixture
+def mortal_broker(own_broker: Callable[..., RunningBroker]) -> RunningBroker:
+    """A broker to be killed, which keeps nothing."""
+    return own_broker()
+
+
+@pytest.fixture
+def durable_broker(own_broker: Callable[..., RunningBroker]) -> RunningBroker:
+    """A broker to be killed, which loses nothing by it."""
+    return own_broker(persistent=True)

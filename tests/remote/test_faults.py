@@ -242,13 +242,13 @@ async def test_no_answer(broker: RunningBroker) -> None:
         assert await place.counts() == (0, 0, 0)
 
 
-async def test_a_broker_that_went_away(own_broker: RunningBroker) -> None:
+async def test_a_broker_that_went_away(mortal_broker: RunningBroker) -> None:
     """[C37, C38] Every call fails soon with a passing error, close included, until it is back."""
-    place = Place(own_broker, retry=FixedRetry(delay=0.01, attempts=2))
+    place = Place(mortal_broker, retry=FixedRetry(delay=0.01, attempts=2))
     async with place.client as client, QueueClient(place.config) as other:
         (message,) = await place.send(1)
         await other.counts("q")
-        await own_broker.in_thread("kill")
+        await mortal_broker.in_thread("kill")
         for call in (
             client.send_message("q", Message(body=b"x")),
             client.receive_message("q", 1),
@@ -262,7 +262,7 @@ async def test_a_broker_that_went_away(own_broker: RunningBroker) -> None:
         await asyncio.wait_for(other.close(), 5)
         with pytest.raises(ClosedError):
             await other.counts("q")
-        await own_broker.in_thread("start")
+        await mortal_broker.in_thread("start")
         await client.send_message("q", Message(body=b"y"))
         received = await client.receive_message("q", 2)
         assert received is not None
@@ -272,13 +272,13 @@ async def test_a_broker_that_went_away(own_broker: RunningBroker) -> None:
         assert await place.counts() == (0, 0, 0)
 
 
-async def test_a_sender_s_patience_lasts_until_the_broker_is_back(own_broker: RunningBroker) -> None:
+async def test_a_sender_s_patience_lasts_until_the_broker_is_back(mortal_broker: RunningBroker) -> None:
     """[C34, C37]"""
-    place = Place(own_broker, retry=FixedRetry(delay=0.05, attempts=100))
+    place = Place(mortal_broker, retry=FixedRetry(delay=0.05, attempts=100))
     async with place.client as client:
         await client.counts("q")
-        await own_broker.in_thread("kill")
+        await mortal_broker.in_thread("kill")
         tasks = [asyncio.create_task(client.send_message("q", Message(body=b"x"))) for _ in range(20)]
-        await own_broker.in_thread("start")
+        await mortal_broker.in_thread("start")
         await asyncio.wait_for(asyncio.gather(*tasks), 10)
         assert await place.counts() == (20, 0, 0)
