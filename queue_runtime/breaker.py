@@ -255,7 +255,8 @@ class CircuitBreaker:
     def _change(self, state: BreakerState) -> None:
         old, self._state = self._state, state
         self._changes += 1
-        logger.log(logging.WARNING if state is OPEN else logging.INFO, "circuit breaker %s", state.value)
+        if self._on_change is None:  # else whoever is told can say more
+            logger.warning("a circuit breaker was %s, is %s", old.value, state.value)
         if state is OPEN:
             if self._waiters:
                 self._set_timer()

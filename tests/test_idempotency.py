@@ -10,17 +10,21 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from wrapping import fail, wrap
 
 from queue_runtime.client import QueueClient
 from queue_runtime.clock import ManualClock, settle_tasks
 from queue_runtime.config import InMemoryConfig
+from queue_runtime.consumer import Consumer
 from queue_runtime.context import BatchContext, HandlerContext, MessageContext
-from queue_runtime.errors import ConfigurationError, ServiceUnavailableError, ValidationError
+from queue_runtime.errors import ConfigurationError, ConnectionFailedError, ServiceUnavailableError, ValidationError
+from queue_runtime.handling import ConsumerConfig
 from queue_runtime.idempotency import IdempotencyStore, MemoryIdempotencyStore, SkipDone
 from queue_runtime.idempotency_sqlite import SQLiteIdempotencyStore
 from queue_runtime.message import Message, ReceivedMessage
 from queue_runtime.middleware import Chain
 from queue_runtime.providers.base import Action
+from queue_runtime.retry import FixedRetry
 
 QUEUE = "orders"
 
@@ -456,6 +460,51 @@ async def test_a_store_that_cannot_mark_fails_nothing(
         assert await work.run(await work.receive(), batch=batch) in ([Action.COMPLETE], [Action.COMPLETE] * 2)
     assert "settled all the same" in caplog.text
     assert (await client.counts(QUEUE)).active == 0
+
+
+# In a consumer.
+
+
+@pytest.mark.parametrize("form", ["one", "batch"])
+@pytest.mark.parametrize("sessions", [False, True], ids=["queue", "sessions"])
+async def test_in_a_consumer(form: str, sessions: bool) -> None:
+    """Duplicates, failures and lost settlements: every handler's effect happens once, nothing is left."""
+    with pytest.MonkeyPatch.context() as patch:
+        recorder, clock = wrap(patch, settles_in_process=True), ManualClock()
+        done: list[str] = []
+        failed: set[str] = set()
+
+        async def handle(what: Any) -> None:
+            for message in what if form == "batch" else [what]:
+                if message.message_id not in failed:  # the first time
+                    failed.add(message.message_id)
+                    raise ZeroDivisionError
+            done.extend(message.message_id for message in (what if form == "batch" else [what]))
+
+        async with QueueClient(InMemoryConfig(max_delivery_count=100, max_lock_renewal=0), clock=clock) as client:
+            skip = SkipDone(MemoryIdempotencyStore(clock=clock))
+            config = ConsumerConfig(
+                handler_form=form,  # type: ignore[arg-type]
+                middleware=[skip],
+                max_batch_size=4,
+                retry=FixedRetry(attempts=100),
+                max_concurrency=3,
+            )
+            lost = ConnectionFailedError("reset")
+            recorder.settle_faults += [fail(lost), lambda what: None, fail(lost)] * 10
+            for number in range(30):
+                session = f"s{number % 2}" if sessions else None
+                await client.send_message(QUEUE, Message(body=b"x", message_id=str(number % 10), session_id=session))
+            consumer = Consumer(client, QUEUE, handle, config)
+            running = asyncio.create_task(consumer.run())
+            for _ in range(20):
+                await clock.advance(31)  # locks of what was not settled run out
+            consumer.stop()
+            await running
+            counts = await client.counts(QUEUE)
+        assert sorted(done) == sorted(str(number) for number in range(10))
+        assert (counts.active, counts.in_flight, counts.dead_lettered) == (0, 0, 0)
+        assert skip.skipped >= 20
 
 
 @given(
