@@ -12,7 +12,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, Protocol
 
@@ -114,7 +114,8 @@ class _InProcesses:
 
     async def __call__(self, argument: Any, context: Any) -> object:
         async with self._workers:
-            process = self._idle.pop() if self._idle else _Process()
+            # Made in a thread: semaphores and a process are.
+            process = self._idle.pop() if self._idle else await asyncio.to_thread(_Process)
             try:
                 result = await process.run(self._handler, argument)
             except asyncio.CancelledError:  # nobody wants the result: the lock is lost, or the drain is over
@@ -137,26 +138,28 @@ class _InProcesses:
 
 
 class _Process:
-    """One process, started at its first call."""
+    """One process, started here and now."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
         self._executor = ProcessPoolExecutor(1, mp_context=context, initializer=_begin)
-        self._pid: int | None = None
+        self._pid = self._executor.submit(os.getpid)
         self.is_alive = True
 
     async def run(self, handler: Callable[..., Any], argument: Any) -> object:
-        if self._pid is None:  # in a thread: to start a process takes long
-            self._pid = await asyncio.wrap_future(await asyncio.to_thread(self._executor.submit, os.getpid))
         return await asyncio.get_running_loop().run_in_executor(self._executor, _called, handler, (argument,))
 
     def kill(self) -> None:
         if self.is_alive:
             self.is_alive = False
-            if self._pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self._pid, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+            self._pid.add_done_callback(_kill)  # at once, or when the process has begun
             self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _kill(pid: Future[int]) -> None:
+    if not pid.cancelled() and pid.exception() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid.result(), signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
 
 
 def _begin() -> None:

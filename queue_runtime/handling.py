@@ -7,7 +7,7 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from queue_runtime.breaker import BreakerConfig
 from queue_runtime.calling import Executor
@@ -41,6 +41,9 @@ class RejectMessage(Exception):
         self.reason = reason
         self.description = description
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.description)
+
 
 class RetryMessage(Exception):
     """Raised by a handler: not now; the message comes back after ``delay`` seconds or a timedelta."""
@@ -48,6 +51,9 @@ class RetryMessage(Exception):
     def __init__(self, delay: Seconds = 0.0) -> None:
         self.delay = seconds("delay", delay)
         super().__init__(f"again after {self.delay:g} s")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.delay,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
