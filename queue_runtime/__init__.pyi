@@ -90,6 +90,11 @@ from queue_runtime.handling import (
     RejectMessage as RejectMessage,
     RetryMessage as RetryMessage,
 )
+from queue_runtime.health import (
+    ConsumerHealth as ConsumerHealth,
+    Health as Health,
+    HealthReporter as HealthReporter,
+)
 from queue_runtime.idempotency import (
     IdempotencyStore as IdempotencyStore,
     MemoryIdempotencyStore as MemoryIdempotencyStore,
@@ -183,6 +188,7 @@ __all__ = [
     "ConnectionFailedError",
     "Consumer",
     "ConsumerConfig",
+    "ConsumerHealth",
     "ConsumerObserver",
     "ConsumerStats",
     "DeadLetters",
@@ -195,6 +201,8 @@ __all__ = [
     "Handler",
     "HandlerContext",
     "HandlerDiedError",
+    "Health",
+    "HealthReporter",
     "HighThroughputProcessor",
     "IdempotencyStore",
     "InMemoryConfig",

@@ -6,10 +6,11 @@ import asyncio
 import math
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self, cast
 
+from queue_runtime.arguments import check_count, check_queue_name, check_sequence_number, receipt_of
 from queue_runtime.clock import Clock, SystemClock, utc
 from queue_runtime.config import ProviderConfig, Seconds, config_from_url, wait_seconds
 from queue_runtime.dlq import DeadLetters
@@ -24,8 +25,9 @@ from queue_runtime.errors import (
     SessionLockLostError,
     ValidationError,
 )
+from queue_runtime.health import Checkup, Health, HealthReporter
 from queue_runtime.links import Links
-from queue_runtime.message import Message, QueueName, Receipt, ReceivedMessage, SessionId
+from queue_runtime.message import Message, Receipt, ReceivedMessage, SessionId
 from queue_runtime.providers import open_provider
 from queue_runtime.providers.base import (
     ABANDON,
@@ -43,9 +45,6 @@ from queue_runtime.retry import Retrier
 from queue_runtime.sending import check_sendable, is_limited, send
 from queue_runtime.sessions import Session, SessionKey, with_session
 from queue_runtime.settlement import Lane, Settler, failed, outcome_of, unexpected
-
-MAX_COUNT = 10_000
-"""The most messages that one receive may ask for."""
 
 Settleable = ReceivedMessage | Receipt
 
@@ -92,6 +91,7 @@ class QueueClient:
         self._session_key = session_key
         self._session_key_source: Literal["attributes", "body"] = session_key_source
         self.clock: Clock = SystemClock() if clock is None else clock
+        self._monotonic = self.clock.monotonic
         self._provider: Provider = open_provider(self.config, self.clock)
         self._is_limited = is_limited(self._provider.capabilities)
         self._retrier = Retrier(self.config.retry, self.clock)
@@ -115,6 +115,7 @@ class QueueClient:
         )
         self._links = Links(self._provider, self._settler, self._renewer, self._retrier)
         self._lanes = self._links.by_id
+        self._checkup = Checkup(self.clock, self._links, self._renewer, self._provider.counts)
         self._closing = asyncio.Lock()
         self._lost_listeners: list[LostCallback] = []
         self._closed = False
@@ -155,7 +156,7 @@ class QueueClient:
         got no answer, the next one may send the message twice: a ``deduplication_id`` helps where there is one.
         """
         self._check_open()
-        _check_queue_name(queue_name)
+        check_queue_name(queue_name)
         outgoing = (self._outgoing(message, "message"),)
         outcome = (await send(self._provider, self._retrier, queue_name, outgoing))[0]
         if outcome is not None:
@@ -171,7 +172,7 @@ class QueueClient:
         A bad argument, a missing queue or a message that is too large is told before anything is sent.
         """
         self._check_open()
-        _check_queue_name(queue_name)
+        check_queue_name(queue_name)
         return await self.send_as_they_are(
             queue_name, [self._outgoing(message, f"messages[{place}]") for place, message in enumerate(messages)]
         )
@@ -193,14 +194,14 @@ class QueueClient:
         Messages of a session are not among them: ``accept_session`` gives those, to one holder at a time.
         Cancelling the call loses no message. Raises QueueNotFoundError.
         """
-        _check_queue_name(queue_name)
+        check_queue_name(queue_name)
         lanes = self._links.main
         lane = lanes.get(queue_name) or await self._lane(queue_name, lanes, timeout)
         return await self.receive_on(lane, max_count, timeout)
 
     async def receive_message(self, queue_name: str, timeout: Seconds = 20.0) -> ReceivedMessage | None:
         """Return the next message, or None after ``timeout`` seconds."""
-        _check_queue_name(queue_name)
+        check_queue_name(queue_name)
         lanes = self._links.main
         lane = lanes.get(queue_name) or await self._lane(queue_name, lanes, timeout)
         messages = await self.receive_on(lane, 1, timeout)
@@ -211,9 +212,9 @@ class QueueClient:
     ) -> list[ReceivedMessage]:
         """Lock and return deferred messages by their sequence numbers, leaving out those that are not there."""
         self.require("defer")
-        _check_queue_name(queue_name)
+        check_queue_name(queue_name)
         for number in sequence_numbers:
-            _check_sequence_number("sequence_numbers", number)
+            check_sequence_number("sequence_numbers", number)
         return await self._links.receive_deferred(await self._lane(queue_name, self._links.main), sequence_numbers)
 
     async def peek_messages(
@@ -226,7 +227,7 @@ class QueueClient:
 
     async def complete_message(self, message: Settleable) -> None:
         """Remove the message for good [C11]. Raises InvalidReceiptError when the right to settle it is gone."""
-        _raise(await self.settle(_receipt(message), COMPLETE))
+        _raise(await self.settle(receipt_of(message), COMPLETE))
 
     async def complete_messages(self, messages: Iterable[Settleable]) -> None:
         """Remove many for good. Raises BatchSettleError with an outcome for each when some could not be [C22]."""
@@ -234,7 +235,7 @@ class QueueClient:
 
     async def abandon_message(self, message: Settleable, delay: Seconds = 0.0) -> None:
         """Make the message visible again, at once or after ``delay`` seconds [C12]."""
-        _raise(await self.settle(_receipt(message), self._abandonment(delay)))
+        _raise(await self.settle(receipt_of(message), self._abandonment(delay)))
 
     async def abandon_messages(self, messages: Iterable[Settleable], delay: Seconds = 0.0) -> None:
         """Make many visible again. Raises BatchSettleError with an outcome for each when some could not be."""
@@ -242,12 +243,12 @@ class QueueClient:
 
     async def dead_letter_message(self, message: Settleable, reason: str, description: str | None = None) -> None:
         """Move the message to the dead-letter queue, with the reason and the description [C15]."""
-        _raise(await self.settle(_receipt(message), Disposition.dead_letter(reason, description)))
+        _raise(await self.settle(receipt_of(message), Disposition.dead_letter(reason, description)))
 
     async def defer_message(self, message: Settleable) -> None:
         """Set the message aside; ``receive_deferred_messages`` gets it by its sequence number."""
         self.require("defer")
-        _raise(await self.settle(_receipt(message), DEFER))
+        _raise(await self.settle(receipt_of(message), DEFER))
 
     async def renew_lock(self, message: Settleable) -> datetime:
         """Extend the lock by its full duration; return its new end [C21]. Raises InvalidReceiptError."""
@@ -258,7 +259,7 @@ class QueueClient:
 
     async def renew_locks(self, messages: Iterable[Settleable]) -> list[datetime | QueueRuntimeError]:
         """Extend many locks, in one call a receiver; return for each, in order, the new end or the error."""
-        receipts = [_receipt(message) for message in messages]
+        receipts = [receipt_of(message) for message in messages]
         self._check_open()
         results: list[datetime | QueueRuntimeError] = [InvalidReceiptError(receipt, _GONE) for receipt in receipts]
         for lane, places in self._by_lane(receipts):
@@ -279,7 +280,7 @@ class QueueClient:
         """
         self._check_open()
         self.require("sessions")
-        _check_queue_name(queue_name)
+        check_queue_name(queue_name)
         if session_id is not None:
             session_id = SessionId(session_id)
         accepted = await self._links.accept(queue_name, session_id, wait_seconds("timeout", timeout))
@@ -289,19 +290,36 @@ class QueueClient:
 
     def dead_letters(self, queue_name: str) -> DeadLetters:
         """Return the queue's dead letters: to read, count and re-drive [C16]."""
-        _check_queue_name(queue_name)
+        check_queue_name(queue_name)
         return DeadLetters(self, queue_name)
 
     async def counts(self, queue_name: str) -> QueueCounts:
         """Return how many messages the queue holds, by state."""
         self._check_open()
-        _check_queue_name(queue_name)
+        check_queue_name(queue_name)
         return await self._retrier.call(partial(self._provider.counts, queue_name))
+
+    async def health(self, queue_name: str | None = None, timeout: Seconds = 5.0) -> Health:
+        """Return what is wrong, for probes: connection, backlog, stalled consumers, open breakers, a blocked loop.
+
+        Parameters
+        ----------
+        queue_name:
+            The queue whose backlog to look at; those that have consumers by default. A backlog that grows while
+            nothing is settled is seen when this is called now and then.
+        timeout:
+            Seconds to wait for the service.
+
+        Never raises but for a bad argument: what cannot be found out is a problem too.
+        """
+        if queue_name is not None:
+            check_queue_name(queue_name)
+        return await self._checkup.examine(self._provider.name, queue_name, wait_seconds("timeout", timeout))
 
     async def create_queue(self, queue_name: str) -> None:
         """Create the queue; do nothing when it is there."""
         self._check_open()
-        _check_queue_name(queue_name)
+        check_queue_name(queue_name)
         await self._retrier.call(partial(self._provider.create_queue, queue_name))
 
     async def close(self, timeout: Seconds = 30.0) -> None:
@@ -339,6 +357,10 @@ class QueueClient:
         self._lost_listeners.append(listener)
         return lambda: self._lost_listeners.remove(listener)
 
+    def add_reporter(self, reporter: HealthReporter) -> Callable[[], None]:
+        """Have ``health`` ask this consumer too; return what takes it back."""
+        return self._checkup.add(reporter)
+
     async def send_as_they_are(self, queue_name: str, batch: Sequence[Message]) -> list[str]:
         """Send, asking for no session key: what comes back from the dead letters keeps the session that it had."""
         if not batch:
@@ -372,6 +394,8 @@ class QueueClient:
             return self._no_lane(receipt)
         receipts = (receipt,)
         outcome = (await lane.settle(disposition, receipts))[0]
+        if outcome is None:
+            self._checkup.last_settle = self._monotonic()
         if self._renewer is not None and (outcome is None or not outcome.is_transient):
             self._renewer.forget(receipt.receiver_id, receipts)
         return outcome
@@ -400,6 +424,8 @@ class QueueClient:
                 outcome = outcome_of(future)
             except BaseException as bug:
                 outcome = unexpected(bug, self._provider.name)
+            if outcome is None:
+                self._checkup.last_settle = self._monotonic()
             if outcome is None or not outcome.is_transient:
                 self.renew_no_more(receipt)
             done(outcome)
@@ -415,7 +441,7 @@ class QueueClient:
     async def receive_on(self, lane: Lane, max_count: int, timeout: Seconds) -> list[ReceivedMessage]:
         """Receive on a lane and have the locks renewed."""
         self._check_open()
-        _check_count("max_count", max_count)
+        check_count("max_count", max_count)
         if self._links.is_supervised:
             return await self._links.receive(lane, max_count, wait_seconds("timeout", timeout))
         messages = await lane.receiver.receive(max_count, wait_seconds("timeout", timeout))
@@ -432,14 +458,16 @@ class QueueClient:
     ) -> list[ReceivedMessage]:
         self._check_open()
         self.require("peek")
-        _check_queue_name(queue_name)
-        _check_count("max_count", max_count)
-        _check_sequence_number("from_sequence_number", from_sequence_number)
+        check_queue_name(queue_name)
+        check_count("max_count", max_count)
+        check_sequence_number("from_sequence_number", from_sequence_number)
         peek = partial(self._provider.peek, from_sequence_number=from_sequence_number, dead_letter=dead_letter)
         return await self._retrier.call(partial(peek, queue_name, max_count))
 
     async def _settle_on(self, lane: Lane, disposition: Disposition, receipts: Sequence[Receipt]) -> list[Outcome]:
         outcomes = await lane.settle(disposition, receipts)
+        if None in outcomes:
+            self._checkup.last_settle = self._monotonic()
         if self._renewer is not None:
             if any(outcomes):  # what failed for a passing reason may be tried again, so its lock is kept
                 pairs = zip(receipts, outcomes, strict=True)
@@ -448,7 +476,7 @@ class QueueClient:
         return outcomes
 
     async def _settle_many(self, messages: Iterable[Settleable], disposition: Disposition) -> None:
-        receipts = [_receipt(message) for message in messages]
+        receipts = [receipt_of(message) for message in messages]
         self._check_open()
         outcomes = await self.settle_many(receipts, disposition)
         if any(outcomes):
@@ -509,30 +537,3 @@ _GONE = "its receiver is not open in this client"
 def _raise(outcome: Outcome) -> None:
     if outcome is not None:
         raise outcome
-
-
-def _check_queue_name(queue_name: object) -> None:
-    if not isinstance(queue_name, str):
-        raise ValidationError("queue_name", f"must be a text, not {type(queue_name).__name__}")
-    _valid_queue_name(queue_name)
-
-
-_valid_queue_name = lru_cache(maxsize=1024)(QueueName)
-
-
-def _check_count(field: str, count: object) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
-        raise ValidationError(field, f"must be a whole number from 1 to {MAX_COUNT}, not {count!r}")
-
-
-def _check_sequence_number(field: str, number: object) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise ValidationError(field, f"must be a whole number, 0 or more, not {number!r}")
-
-
-def _receipt(message: object) -> Receipt:
-    if isinstance(message, Receipt):
-        return message
-    if isinstance(message, ReceivedMessage):
-        return message.receipt
-    raise ValidationError("message", f"must be a ReceivedMessage or a Receipt, not {type(message).__name__}")

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
+from queue_runtime.arguments import MAX_COUNT
 from queue_runtime.breaker import BreakerState
-from queue_runtime.client import MAX_COUNT
 from queue_runtime.clock import sleep
 from queue_runtime.errors import QueueRuntimeError
 from queue_runtime.message import ReceivedMessage

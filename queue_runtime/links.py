@@ -97,6 +97,7 @@ class Links:
             if queue_name not in lanes:
                 call = self._provider.open_receiver(queue_name, dead_letter=dead_letter)
                 receiver = await self._in_time(GRACE, call, f"opening a receiver of queue {queue_name}")
+                self.last_contact = self._clock.monotonic()
                 lanes[queue_name] = await self._add(receiver)
                 self._homes[receiver.id] = _Home(lanes, queue_name)
             return lanes[queue_name]
@@ -107,6 +108,7 @@ class Links:
         """Take a session; see ``Provider``."""
         call = self._provider.accept_session(queue_name, session_id, timeout)
         receiver = await self._in_time(timeout + GRACE, call, f"accepting a session of queue {queue_name}")
+        self.last_contact = self._clock.monotonic()
         if receiver is None:
             return None
         lane = await self._add(receiver)
@@ -258,15 +260,13 @@ class Links:
         if not self.is_supervised:
             return await call
         try:
-            result = await within(self._clock, seconds, call)
+            return await within(self._clock, seconds, call)
         except Late as late:
             self._note(f"{what} did not come back")
             raise QueueTimeoutError(f"{what} did not come back") from late
         except ConnectionFailedError as error:
             self._note(f"{what} failed: {error}")
             raise
-        self.last_contact = self._clock.monotonic()
-        return result
 
     def _note(self, sentence: str) -> None:
         self.trouble = Trouble(self._clock.monotonic(), sentence)

@@ -33,6 +33,7 @@ class Recorder:
         self.receive_faults: list[Fault] = []
         self.accept_faults: list[Fault] = []
         self.open_faults: list[Fault] = []
+        self.count_faults: list[Fault] = []
         self.close_faults: list[Fault] = []
         """Of receivers and of the provider."""
         self.received: list[int] = []
@@ -115,6 +116,10 @@ class RecordedProvider:
         await came(answer(self._recorder.accept_faults, arguments))
         real = await self._real.accept_session(*arguments)
         return None if real is None else RecordedReceiver(real, self._recorder)
+
+    async def counts(self, queue_name: str) -> Any:
+        await came(answer(self._recorder.count_faults, [queue_name]))
+        return await self._real.counts(queue_name)
 
     async def close(self) -> None:
         await came(answer(self._recorder.close_faults, [self]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from queue_runtime.arguments import MAX_COUNT
 from queue_runtime.cli.failure import Code
 from queue_runtime.cli.feeding import Feeder, session_key_of
 from queue_runtime.cli.options import (
@@ -27,7 +28,6 @@ from queue_runtime.cli.options import (
 from queue_runtime.cli.running import health, run
 from queue_runtime.cli.screen import message_as_json, print_dead_letters, print_json, print_messages
 from queue_runtime.cli.telling import tell
-from queue_runtime.client import MAX_COUNT
 from queue_runtime.message import Message, ReceivedMessage
 
 
