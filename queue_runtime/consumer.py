@@ -6,10 +6,12 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from queue_runtime.client import QueueClient
 from queue_runtime.config import integer
+from queue_runtime.control import Controller
 from queue_runtime.errors import AlreadyStartedError, ConfigurationError
 from queue_runtime.feeds import Feed, QueueFeed
 from queue_runtime.handling import ConsumerConfig, ConsumerObserver, ConsumerStats, Handler
@@ -76,6 +78,8 @@ class Consumer:
         self._limits = Limits(
             self._runner.permits.capacity, self._runner.room.capacity, config.pollers, config.max_sessions
         )
+        self._prefetch_bytes = config.prefetch_bytes
+        self._controller = self._make_controller(config)
         self._started = False
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -106,6 +110,11 @@ class Consumer:
         if self._queue_feed is not None:
             self._queue_feed.set_pollers(limits.pollers)
             self._queue_feed.call_workers()
+
+    def set_prefetch_bytes(self, limit: int | None) -> None:
+        """Hold so many bytes of messages at most from now on, but not more than configured; None: as configured."""
+        given = [bound for bound in (limit, self._prefetch_bytes) if bound is not None]
+        self._runner.bytes.resize(min(given, default=None))
 
     async def run(self, *, handle_signals: bool = False) -> ConsumerStats:
         """Work until ``stop`` is called, or the task is cancelled; return the final counters.
@@ -151,6 +160,8 @@ class Consumer:
 
     async def _work(self) -> None:
         try:
+            if self._controller is not None:
+                self._controller.start()
             for feed in self._feeds:
                 feed.start()
             await self._stop.wait()
@@ -161,6 +172,8 @@ class Consumer:
         deadline = self._client.clock.call_later(self._drain_timeout, self.stop_now)
         hurried = asyncio.ensure_future(self._stop_now.wait())
         try:
+            if self._controller is not None:
+                self._controller.stop()
             self._runner.begin_no_more()
             for feed in self._feeds:
                 await feed.stop()
@@ -175,6 +188,25 @@ class Consumer:
             deadline.cancel()
             hurried.cancel()
             await asyncio.gather(hurried, return_exceptions=True)
+
+    def _make_controller(self, config: ConsumerConfig) -> Controller | None:
+        if config.scaling is None and config.memory is None:
+            return None
+        if config.scaling is not None and len(self._feeds) == 2:
+            integer("scaling.min_prefetch", config.scaling.min_prefetch, minimum=2)
+        client, queue_name = self._client, self._runner.queue_name
+        controller = Controller(
+            self,
+            queue_name,
+            client.clock,
+            scaling=config.scaling,
+            memory=config.memory,
+            counts=partial(client.counts, queue_name),
+            is_counting_cheap=client.capabilities.settles_in_process,
+            spawn=self._spawn,
+        )
+        self._runner.on_received = controller.received
+        return controller
 
     def _pending(self) -> set[asyncio.Future[Any]]:
         return {*self._tasks, *self._runner.settling}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol, cast
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Protocol, cast
 
 from queue_runtime.clock import Clock, Timer
 from queue_runtime.message import ReceivedMessage
@@ -14,6 +14,8 @@ from queue_runtime.providers.base import QueueCounts
 from queue_runtime.scaling import Limits, Load, Scaler, ScalingConfig
 
 logger = logging.getLogger("queue_runtime.control")
+
+Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 
 LEAST = Limits(1, 2, 1, 1)
 """What memory pressure leaves when nothing scales; two messages, as one may be of a session and one not."""
@@ -29,13 +31,25 @@ class Counters(Protocol):
     @property
     def received(self) -> int: ...
     @property
-    def handled(self) -> int:
-        """Messages whose handlers have ended."""
+    def completed(self) -> int: ...
+    @property
+    def abandoned(self) -> int: ...
+    @property
+    def dead_lettered(self) -> int: ...
+    @property
+    def deferred(self) -> int: ...
+    @property
+    def locks_lost(self) -> int: ...
+    @property
+    def settle_errors(self) -> int: ...
+    @property
+    def handler_seconds(self) -> float:
+        """The time of the handlers that have ended."""
         ...
 
     @property
-    def handler_seconds(self) -> float:
-        """The time that handlers took, those that run included up to now."""
+    def busy_seconds(self) -> float:
+        """The same, with the time up to now of those that run."""
         ...
 
     @property
@@ -52,15 +66,15 @@ class Governed(Protocol):
     """What the controller needs of a consumer."""
 
     @property
-    def queue_name(self) -> str: ...
-    @property
-    def clock(self) -> Clock: ...
-    @property
     def stats(self) -> Counters: ...
     @property
     def limits(self) -> Limits: ...
     def set_limits(self, limits: Limits) -> None:
         """Work with these from now on; what is held or runs beyond them is left to finish."""
+        ...
+
+    def set_prefetch_bytes(self, limit: int | None) -> None:
+        """Hold so many bytes of messages at most from now on; None: those of the configuration."""
         ...
 
 
@@ -71,6 +85,10 @@ class Controller:
     ----------
     consumer:
         Whose limits to set; those that it has now are the maximum of what has none in ``scaling``.
+    queue_name:
+        Its queue, for the log.
+    clock:
+        Where times and timers come from.
     scaling:
         How to follow the load; None leaves the limits as they are configured.
     memory:
@@ -79,6 +97,8 @@ class Controller:
         Asks for the queue's counts; may fail, or be None where nothing is to be asked.
     is_counting_cheap:
         Whether that is a call within this process.
+    spawn:
+        Makes the task that asks for them; who gives it waits for the task's end.
 
     There is one timer. While nothing is received and nothing held, it comes ever more rarely, up to the
     ``idle_interval`` of ``scaling``, and nothing is counted. Thread-safety: for the client's event loop.
@@ -87,14 +107,18 @@ class Controller:
     def __init__(
         self,
         consumer: Governed,
+        queue_name: str,
+        clock: Clock,
         *,
         scaling: ScalingConfig | None = None,
         memory: MemoryConfig | MemoryPressure | None = None,
         counts: Callable[[], Awaitable[QueueCounts]] | None = None,
         is_counting_cheap: bool = False,
+        spawn: Spawn | None = None,
     ) -> None:
         self._consumer = consumer
-        self._clock = consumer.clock
+        self._queue_name = queue_name
+        self._clock = clock
         self._configured = consumer.limits
         self._scaler = None if scaling is None else Scaler(scaling, self._configured)
         self._pressure = MemoryPressure(memory) if isinstance(memory, MemoryConfig) else memory
@@ -106,7 +130,7 @@ class Controller:
         self._pause = self._interval
         self._timer: Timer | None = None
         self._lowest = LEAST if self._scaler is None else self._scaler.lowest
-        self._counting = _Counting(consumer, counts, scaling, is_counting_cheap)
+        self._counting = _Counting(queue_name, counts, scaling, is_counting_cheap, spawn)
         self._seen = _Seen(self._clock.monotonic(), consumer.stats)
         self._lag: float | None = None
         self._has_others = False
@@ -120,17 +144,19 @@ class Controller:
         if self._pressure is not None:
             few = max(self._lowest.prefetch, 2 * limits.concurrency)
             limits = limits._replace(prefetch=min(limits.prefetch, few))
+            self._pressure.look()
+            self._consumer.set_prefetch_bytes(self._pressure.allowed_bytes(0))
         self._set(limits, "the consumer starts")
         self._seen = _Seen(self._clock.monotonic(), self._consumer.stats)
         self._arm()
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """Look no more; the limits stay as they are."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._interval = 0.0
-        await self._counting.stop()
+        self._counting.stop()
 
     def received(self, messages: Sequence[ReceivedMessage]) -> None:
         """Learn the age of what came; begin to look often again after a quiet time."""
@@ -154,7 +180,7 @@ class Controller:
         try:
             self._look()
         except Exception:
-            logger.exception("cannot control, queue=%s", self._consumer.queue_name)
+            logger.exception("cannot control, queue=%s", self._queue_name)
         finally:
             self._arm()
 
@@ -169,12 +195,13 @@ class Controller:
         if self._pressure is not None:
             before = self._pressure.level
             level = self._pressure.look()
-            allowed = self._pressure.allowed(wanted, limits, self._lowest, held, stats.held_bytes)
+            allowed = self._pressure.allowed(wanted, limits, self._lowest)
+            self._consumer.set_prefetch_bytes(self._pressure.allowed_bytes(stats.held_bytes))
             if allowed != wanted or level is not MemoryLevel.NORMAL:
                 reason = _describe(self._pressure)
             wanted = allowed
             if level is not before:
-                logger.warning("memory pressure, queue=%s: %s", self._consumer.queue_name, _describe(self._pressure))
+                logger.warning("memory pressure, queue=%s: %s", self._queue_name, _describe(self._pressure))
         is_idle = stats.received == seen.received and not held
         self._set(wanted, reason)
         if is_idle and wanted == limits:
@@ -190,13 +217,14 @@ class Controller:
         seconds = now - seen.time
         if seconds <= 0:
             return Load()
-        handled = stats.handled - seen.handled
+        handled = max(0, _handled(stats) - seen.handled)
         spent = stats.handler_seconds - seen.handler_seconds
+        busy = stats.busy_seconds - seen.busy_seconds
         is_in_sessions = stats.sessions_open > 0 and not self._has_others
         return Load(
             rate=handled / seconds,
             handler_seconds=max(0.0, spent / handled) if handled else 0.0,
-            busy=min(1.0, max(0.0, spent / seconds / limits.concurrency)),
+            busy=min(1.0, max(0.0, busy / seconds / limits.concurrency)),
             in_flight=stats.waiting + stats.running,
             waiting=stats.waiting,
             depth=self._counting.depth(now, stats.received),
@@ -215,19 +243,26 @@ class Controller:
             for name, before, after in zip(Limits._fields, limits, wanted, strict=True)
             if before != after
         )
-        logger.info("limits set, queue=%s: %s: %s", self._consumer.queue_name, changes, reason)
+        logger.info("limits set, queue=%s: %s: %s", self._queue_name, changes, reason)
 
 
 class _Seen:
     """The counters at one time."""
 
-    __slots__ = ("handled", "handler_seconds", "received", "time")
+    __slots__ = ("busy_seconds", "handled", "handler_seconds", "received", "time")
 
     def __init__(self, time: float, stats: Counters) -> None:
         self.time = time
         self.received = stats.received
-        self.handled = stats.handled
+        self.handled = _handled(stats)
         self.handler_seconds = stats.handler_seconds
+        self.busy_seconds = stats.busy_seconds
+
+
+def _handled(stats: Counters) -> int:
+    """The messages that are done with."""
+    settled = stats.completed + stats.abandoned + stats.dead_lettered + stats.deferred
+    return settled + stats.settle_errors + stats.locks_lost
 
 
 class _Counting:
@@ -235,15 +270,17 @@ class _Counting:
 
     def __init__(
         self,
-        consumer: Governed,
+        queue_name: str,
         counts: Callable[[], Awaitable[QueueCounts]] | None,
         scaling: ScalingConfig | None,
         is_cheap: bool,
+        spawn: Spawn | None,
     ) -> None:
-        self._consumer = consumer
+        self._queue_name = queue_name
         self._counts = None if scaling is None else counts
         self._interval = 0.0 if scaling is None or is_cheap else cast(float, scaling.count_interval)
         self._lasting = STALE * max(self._interval, 0.0 if scaling is None else cast(float, scaling.interval))
+        self._spawn = spawn or asyncio.create_task
         self._task: asyncio.Task[None] | None = None
         self._due = 0.0
         self._failures = 0
@@ -255,7 +292,7 @@ class _Counting:
         """Ask when it is time to; ``received`` are the messages received until now."""
         if self._counts is None or self._task is not None or now < self._due:
             return
-        self._task = asyncio.get_running_loop().create_task(self._ask(self._counts, now, received))
+        self._task = self._spawn(self._ask(self._counts, now, received))
 
     def depth(self, now: float, received: int) -> int | None:
         """Return what was counted less what was received since, None when it is not known."""
@@ -263,10 +300,9 @@ class _Counting:
             return None
         return max(0, self._active - (received - self._received))
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _ask(self, counts: Callable[[], Awaitable[QueueCounts]], now: float, received: int) -> None:
         try:
@@ -279,7 +315,7 @@ class _Counting:
             self._failures += 1
             self._due = now + min(LONGEST_PAUSE, max(self._interval, 1.0) * 2.0 ** min(self._failures, 10))
             if self._failures == 1:
-                logger.warning("cannot count, queue=%s, scaling without: %s", self._consumer.queue_name, error)
+                logger.warning("cannot count, queue=%s, scaling without: %s", self._queue_name, error)
         finally:
             self._task = None
 

@@ -15,8 +15,10 @@ from queue_runtime.config import Seconds, choice, integer, seconds
 from queue_runtime.errors import ConfigurationError, QueueRuntimeError, ValidationError
 from queue_runtime.message import ReceivedMessage
 from queue_runtime.middleware import Middleware
+from queue_runtime.pressure import MemoryConfig
 from queue_runtime.providers.base import Action, Disposition
 from queue_runtime.retry import FixedRetry, RetryPolicy
+from queue_runtime.scaling import ScalingConfig
 
 LONGEST_TEXT = 2000
 """Characters of an exception's text in a dead letter's description; Service Bus takes 4096 in all."""
@@ -102,6 +104,11 @@ class ConsumerConfig:
         Decides instead of ``retry``.
     breaker:
         Pauses the fetch while handlers keep failing [C35]; None: never.
+    scaling:
+        Grows and shrinks the concurrency, prefetch, pollers and sessions with the load [C45]; those given here are
+        the maximum of whatever has none there. None: they stay as they are.
+    memory:
+        Holds less before the memory is full [C39]; None: the memory is not looked at.
 
     Raises ConfigurationError, which names the field.
     """
@@ -127,6 +134,8 @@ class ConsumerConfig:
     retry: RetryPolicy = FIVE_ATTEMPTS
     on_failure: FailurePolicy | None = None
     breaker: BreakerConfig | None = None
+    scaling: ScalingConfig | None = None
+    memory: MemoryConfig | None = None
 
     def __post_init__(self) -> None:
         for field in ("max_concurrency", "prefetch", "prefetch_bytes"):
@@ -153,8 +162,10 @@ class ConsumerConfig:
             raise ConfigurationError("retry", f"must be a policy such as ExponentialRetry, not {self.retry!r}")
         if self.on_failure is not None and not callable(self.on_failure):
             raise ConfigurationError("on_failure", "must be a function of the message and the exception")
-        if self.breaker is not None and not isinstance(self.breaker, BreakerConfig):
-            raise ConfigurationError("breaker", f"must be a BreakerConfig or None, not {type(self.breaker).__name__}")
+        for field, kind in (("breaker", BreakerConfig), ("scaling", ScalingConfig), ("memory", MemoryConfig)):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, kind):
+                raise ConfigurationError(field, f"must be a {kind.__name__} or None, not {type(value).__name__}")
 
 
 class ConsumerStats(NamedTuple):
@@ -179,7 +190,9 @@ class ConsumerStats(NamedTuple):
     running: int = 0
     """In a handler now."""
     handler_seconds: float = 0.0
-    """Time in handlers, added up; a batch counts once."""
+    """Time in handlers that have ended, added up; a batch counts once."""
+    busy_seconds: float = 0.0
+    """The same, with the time up to now of those that run."""
     held_bytes: int = 0
     """The size of all messages that are held."""
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import enum
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,6 @@ from queue_runtime.scaling import Limits
 
 NO_LIMIT = 1 << 60
 """Limits from here on mean none: version 1 of control groups has no other word for it."""
-STEADY = 0.8
-"""What fits changes all the time by a little: from this part to its inverse, nothing is done about it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +101,8 @@ class MemoryPressure:
         self.config = config or MemoryConfig()
         self._root = Path(root)
         self._groups = list(_groups(self._root))
-        self._message_size = 0.0
+        self._room = 0.0
+        """Bytes below the high level, of the limit that leaves fewest."""
         self.level = MemoryLevel.NORMAL
         """As it was at the last look."""
         self.use: MemoryUse | None = None
@@ -134,7 +132,9 @@ class MemoryPressure:
     def look(self) -> MemoryLevel:
         """Read, and return the level: up at once, down only below the next lower bound."""
         config = self.config
-        self.use = max(self.uses(), key=lambda use: use.share, default=None)
+        uses = self.uses()
+        self.use = max(uses, key=lambda use: use.share, default=None)
+        self._room = min((use.limit * config.high - use.used for use in uses), default=0.0)
         part = 0.0 if self.use is None else self.use.share
         if part >= config.critical or (self.level is MemoryLevel.CRITICAL and part >= config.high):
             self.level = MemoryLevel.CRITICAL
@@ -144,24 +144,17 @@ class MemoryPressure:
             self.level = MemoryLevel.NORMAL
         return self.level
 
-    def allowed(self, wanted: Limits, now: Limits, lowest: Limits, held: int, held_bytes: int) -> Limits:
+    def allowed(self, wanted: Limits, now: Limits, lowest: Limits) -> Limits:
         """Return what of the ``wanted`` limits the memory allows, as of the last look.
 
         Parameters
         ----------
         wanted, now, lowest:
             What there should be, what there is, and what it may not fall below.
-        held, held_bytes:
-            The messages that are held, and their size.
         """
-        if held:
-            # The largest mean that was seen: messages are fetched before their size is known.
-            self._message_size = max(held_bytes / held, 0.9 * self._message_size)
         if self.level is MemoryLevel.NORMAL:
-            prefetch = min(wanted.prefetch, 2 * now.prefetch, held + self._room())
-            if STEADY * now.prefetch <= prefetch <= now.prefetch / STEADY:
-                prefetch = min(wanted.prefetch, now.prefetch)
-            return wanted._replace(prefetch=max(lowest.prefetch, prefetch))
+            # Opened step by step: what a message takes beside its body is seen only once it is held.
+            return wanted._replace(prefetch=min(wanted.prefetch, 2 * now.prefetch))
         prefetch = max(lowest.prefetch, min(wanted.prefetch, now.prefetch // 2))
         concurrency = min(wanted.concurrency, now.concurrency)
         if self.level is MemoryLevel.CRITICAL:
@@ -169,11 +162,13 @@ class MemoryPressure:
             concurrency = max(lowest.concurrency, concurrency // 2)
         return Limits(concurrency, prefetch, min(wanted.pollers, now.pollers), min(wanted.sessions, now.sessions))
 
-    def _room(self) -> int:
-        """The messages that fit below the high level."""
-        if self.use is None or self._message_size < 1:
-            return sys.maxsize
-        return int(max(0.0, self.use.limit * self.config.high - self.use.used) / self._message_size)
+    def allowed_bytes(self, held_bytes: int) -> int | None:
+        """Return the bytes of messages that may be held, of which ``held_bytes`` are; None when nothing is known."""
+        if self.use is None:
+            return None
+        if self.level is not MemoryLevel.NORMAL:
+            return max(1, held_bytes // 2)
+        return held_bytes + max(1, int(self._room))
 
 
 @dataclass(frozen=True, slots=True)

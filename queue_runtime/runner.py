@@ -115,21 +115,32 @@ class Runner:
         """Settlements under way that nobody waits for."""
         self.is_beginning = True
         """Whether handlers still begin; false once the consumer drains."""
-        self._call = call_of(handler, config.executor, self.permits.capacity)
+        most = config.scaling.max_concurrency if config.scaling is not None else None
+        self._call = call_of(handler, config.executor, max(self.permits.capacity, most or 0))
         self._needs_context = self._call.takes_context or self.chain.handle is not None or self.is_batch
         self._on_failure = config.on_failure or policy_of(config.retry)
         self._can_delay = client.capabilities.abandon_delay
         self._held: dict[Receipt, _Run | None] = {}
         self._lost: set[Receipt] = set()
         self._running = 0
+        self._calls = 0
+        self._calls_began = 0.0
+        """The times at which the calls under way began, added up."""
+        self.on_received: Callable[[Sequence[ReceivedMessage]], None] | None = None
+        """Told of every receive that brought messages."""
         self._waits: set[asyncio.Future[Any]] = set()
         self._cancelling = False
 
     @property
     def stats(self) -> ConsumerStats:
         waiting = len(self._held) - self._running
+        begun = self._calls * self.client.clock.monotonic() - self._calls_began
         return ConsumerStats(
-            **asdict(self.counters), waiting=waiting, running=self._running, held_bytes=self.bytes.held
+            **asdict(self.counters),
+            busy_seconds=self.counters.handler_seconds + begun,
+            waiting=waiting,
+            running=self._running,
+            held_bytes=self.bytes.held,
         )
 
     @property
@@ -143,6 +154,8 @@ class Runner:
         self._held.update(dict.fromkeys([message.receipt for message in messages]))
         self.counters.received += len(messages)
         self.counters.batches += 1
+        if self.on_received is not None:
+            self.on_received(messages)
         self.tell(self.observer.batch_received, messages)
 
     def let_go(self, messages: Sequence[ReceivedMessage]) -> None:
@@ -260,6 +273,8 @@ class Runner:
         now = self.client.clock.monotonic
         started = now()
         self._running += len(messages)
+        self._calls += 1
+        self._calls_began += started
         try:
             if self.chain.handle is None or context is None:
                 await self._call(argument, context)
@@ -281,6 +296,8 @@ class Runner:
             for message in messages:
                 self._held[message.receipt] = None
             self._running -= len(messages)
+            self._calls -= 1
+            self._calls_began -= started
             self.counters.handler_seconds += now() - started
             self.permits.give(1)
             if self.breaker is not None:

@@ -372,7 +372,8 @@ class Scaler:
         sample.add(seconds, load, limit)
         if is_busy:
             self._level.add(seconds, load, limit)
-            self._level.forget(max(MEMORY * self._interval, 2 * CLOSE * self._handler_seconds))
+            if self._handler_seconds > 0:
+                self._level.forget(max(MEMORY * self._interval, 2 * CLOSE * self._handler_seconds))
         need = sample.running + backlog * self._handler_seconds / self._target_lag
         if self._trial is not None:
             judged = self._judge(now, seconds, load, self._trial, is_busy)
@@ -484,7 +485,10 @@ class Scaler:
     def _held(self, now: float, load: Load, limits: Limits, concurrency: int) -> int:
         # Twice the handlers, or some time's work: the next message is there when a handler is free.
         ahead = load.rate * cast(float, self.config.hold_ahead)
-        need = self.config.target_busy * (concurrency + max(concurrency, ahead))
+        each = 1.0  # messages of a handler: of a batch handler, its batch
+        if load.busy > 0.1:
+            each = max(1.0, (load.in_flight - load.waiting) / (load.busy * limits.concurrency))
+        need = self.config.target_busy * (concurrency * each + max(concurrency * each, ahead))
         held = self._prefetch.follow(now, need, limits.prefetch)
         if held != limits.prefetch and not self.reason:
             self.reason = f"{load.rate:.3g} messages a second"

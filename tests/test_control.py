@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +27,14 @@ MOST = Limits(32, 200, 1, 10)
 @dataclass(frozen=True)
 class Stats:
     received: int = 0
-    handled: int = 0
+    completed: int = 0
+    abandoned: int = 0
+    dead_lettered: int = 0
+    deferred: int = 0
+    locks_lost: int = 0
+    settle_errors: int = 0
     handler_seconds: float = 0.0
+    busy_seconds: float = 0.0
     held_bytes: int = 0
     waiting: int = 0
     running: int = 0
@@ -41,10 +48,13 @@ class Desk:
     clock: ManualClock = field(default_factory=ManualClock)
     limits: Limits = MOST
     stats: Stats = field(default_factory=Stats)
-    queue_name: str = "q"
+    bytes: int | None = None
 
     def set_limits(self, limits: Limits) -> None:
         self.limits = limits
+
+    def set_prefetch_bytes(self, limit: int | None) -> None:
+        self.bytes = limit
 
     def work(self, seconds: float, handler_seconds: float) -> None:
         """Every handler is busy for so long, and as many messages wait as may be held."""
@@ -53,8 +63,9 @@ class Desk:
         self.stats = replace(
             self.stats,
             received=self.stats.received + done,
-            handled=self.stats.handled + done,
+            completed=self.stats.completed + done,
             handler_seconds=self.stats.handler_seconds + spent,
+            busy_seconds=self.stats.busy_seconds + spent,
             running=self.limits.concurrency,
             waiting=max(0, self.limits.prefetch - self.limits.concurrency),
         )
@@ -95,7 +106,7 @@ async def work(desk: Desk, seconds: int, handler_seconds: float = 0.05) -> None:
 
 async def test_it_begins_low_grows_under_load_and_comes_back() -> None:
     desk, broker = Desk(), Broker()
-    controller = Controller(desk, scaling=ScalingConfig(), counts=broker.counts)
+    controller = Controller(desk, "q", desk.clock, scaling=ScalingConfig(), counts=broker.counts)
     controller.start()
     assert desk.limits == (1, 2, 1, 1)
     await work(desk, 12)
@@ -105,13 +116,13 @@ async def test_it_begins_low_grows_under_load_and_comes_back() -> None:
     broker.active = 0
     await desk.clock.advance(90)
     assert desk.limits == (1, 2, 1, 1)
-    await controller.stop()
+    controller.stop()
 
 
 async def test_it_looks_once_an_interval_and_seldom_while_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     """[P11] 60 seconds of work are 60 looks; an idle hour is one every ten seconds, and nothing is counted."""
     desk, broker = Desk(), Broker(0)
-    controller = Controller(desk, scaling=ScalingConfig(), counts=broker.counts)
+    controller = Controller(desk, "q", desk.clock, scaling=ScalingConfig(), counts=broker.counts)
     looks: list[float] = []
     look = controller._look
     monkeypatch.setattr(controller, "_look", lambda: (looks.append(desk.clock.monotonic()), look()))
@@ -125,52 +136,54 @@ async def test_it_looks_once_an_interval_and_seldom_while_nothing_happens(monkey
     await desk.clock.advance(3600)
     assert len(looks) == 360
     assert broker.asked == asked
-    await controller.stop()
+    controller.stop()
     await desk.clock.advance(3600)
     assert len(looks) == 360
 
 
 async def test_the_first_message_after_a_quiet_time_wakes_it(message: ReceivedMessage) -> None:
     desk = Desk()
-    controller = Controller(desk, scaling=ScalingConfig())
+    controller = Controller(desk, "q", desk.clock, scaling=ScalingConfig())
     controller.start()
     await desk.clock.advance(200)
     assert desk.limits.concurrency == 1
     controller.received([message])
     await work(desk, 3)
     assert desk.limits.concurrency == 5, "one look each second, as if there had been no quiet time"
-    await controller.stop()
+    controller.stop()
 
 
 async def test_the_depth_is_asked_for_at_its_own_interval() -> None:
     desk, broker = Desk(), Broker()
-    controller = Controller(desk, scaling=ScalingConfig(count_interval=7.0), counts=broker.counts)
+    controller = Controller(desk, "q", desk.clock, scaling=ScalingConfig(count_interval=7.0), counts=broker.counts)
     controller.start()
     await work(desk, 70)
     assert broker.asked == 10
-    await controller.stop()
+    controller.stop()
 
 
 async def test_where_counting_is_cheap_each_look_counts() -> None:
     desk, broker = Desk(), Broker()
-    controller = Controller(desk, scaling=ScalingConfig(), counts=broker.counts, is_counting_cheap=True)
+    controller = Controller(
+        desk, "q", desk.clock, scaling=ScalingConfig(), counts=broker.counts, is_counting_cheap=True
+    )
     controller.start()
     await work(desk, 10)
     assert broker.asked == 10
-    await controller.stop()
+    controller.stop()
 
 
 async def test_counts_that_fail_do_not_hurt(caplog: pytest.LogCaptureFixture) -> None:
     """They are asked for ever more rarely, it is told once, and the handlers follow what is known."""
     desk, broker = Desk(), Broker()
     broker.error = OSError("no permission")
-    controller = Controller(desk, scaling=ScalingConfig(), counts=broker.counts)
+    controller = Controller(desk, "q", desk.clock, scaling=ScalingConfig(), counts=broker.counts)
     controller.start()
     await work(desk, 300)
     assert desk.limits.concurrency == 32
     assert broker.asked < 12
     assert sum("cannot count" in record.message for record in caplog.records) == 1
-    await controller.stop()
+    controller.stop()
 
 
 async def test_a_count_under_way_is_ended_by_stop() -> None:
@@ -181,20 +194,20 @@ async def test_a_count_under_way_is_ended_by_stop() -> None:
         await asyncio.Event().wait()
         raise AssertionError
 
-    controller = Controller(desk, scaling=ScalingConfig(), counts=never)
+    controller = Controller(desk, "q", desk.clock, scaling=ScalingConfig(), counts=never)
     controller.start()
     await work(desk, 20)
     assert desk.limits.concurrency > 1
-    await controller.stop()
+    controller.stop()
 
 
 async def test_each_change_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "queue_runtime.control")
     desk, broker = Desk(), Broker()
-    controller = Controller(desk, scaling=ScalingConfig(), counts=broker.counts)
+    controller = Controller(desk, "q", desk.clock, scaling=ScalingConfig(), counts=broker.counts)
     controller.start()
     await work(desk, 40)
-    await controller.stop()
+    controller.stop()
     texts = [record.getMessage() for record in caplog.records]
     assert texts[0] == (
         "limits set, queue=q: concurrency 32 to 1, prefetch 200 to 2, sessions 10 to 1: the consumer starts"
@@ -206,7 +219,7 @@ async def test_each_change_is_logged_once_with_its_reason(caplog: pytest.LogCapt
 
 async def test_a_consumer_that_breaks_does_not_end_it(caplog: pytest.LogCaptureFixture) -> None:
     desk = Desk()
-    controller = Controller(desk, scaling=ScalingConfig())
+    controller = Controller(desk, "q", desk.clock, scaling=ScalingConfig())
     controller.start()
 
     def refuse(limits: Limits) -> None:
@@ -218,43 +231,52 @@ async def test_a_consumer_that_breaks_does_not_end_it(caplog: pytest.LogCaptureF
     desk.set_limits = accept  # type: ignore[method-assign]
     await work(desk, 5)
     assert desk.limits.concurrency > 1
-    await controller.stop()
+    controller.stop()
 
 
-async def test_memory_alone_opens_slowly_and_closes_before_the_limit(caplog: pytest.LogCaptureFixture) -> None:
-    """Messages of 1 MiB: 100 MiB are the limit, 80 are high."""
+async def test_memory_alone_opens_step_by_step_and_closes_before_the_limit(caplog: pytest.LogCaptureFixture) -> None:
+    """100 MiB are the limit, 80 are high: bytes are bounded by what is left below it, from the first moment on."""
     desk = Desk()
     memory = Watching(MemoryConfig())
     memory.used = 20 << 20
-    controller = Controller(desk, memory=memory)
+    controller = Controller(desk, "q", desk.clock, memory=memory)
     controller.start()
     assert desk.limits == (32, 64, 1, 10), "twice the handlers to begin with"
+    assert desk.bytes == 60 << 20
     desk.stats = Stats(received=10, waiting=10, held_bytes=10 << 20)
     memory.used = 30 << 20
     await desk.clock.advance(1)
-    assert desk.limits.prefetch == 64, "60 fit, which is near enough"
-    memory.used = 60 << 20
-    await desk.clock.advance(1)
-    assert desk.limits.prefetch == 30
+    assert desk.limits.prefetch == 128
+    assert desk.bytes == 60 << 20
     memory.used = 85 << 20
     await desk.clock.advance(1)
-    assert desk.limits.prefetch == 15
+    assert desk.limits.prefetch == 64
+    assert desk.bytes == 5 << 20
     memory.used = 95 << 20
     await desk.clock.advance(1)
     assert desk.limits == (16, 2, 1, 10)
     memory.used = 30 << 20
     desk.stats = Stats(received=20)
-    await desk.clock.advance(6)
-    assert desk.limits.concurrency == 32
-    assert desk.limits.prefetch >= 32
+    await desk.clock.advance(7)
+    assert desk.limits == MOST
     levels = [record.getMessage() for record in caplog.records if "memory pressure" in record.getMessage()]
     assert [text.split("memory ")[2].split(":")[0] for text in levels] == ["high", "critical", "normal"]
-    await controller.stop()
+    controller.stop()
+
+
+async def test_a_memory_of_which_nothing_is_known_bounds_nothing(tmp_path: Path) -> None:
+    desk = Desk()
+    controller = Controller(desk, "q", desk.clock, memory=MemoryPressure(root=tmp_path))
+    controller.start()
+    await desk.clock.advance(10)
+    assert desk.limits == MOST
+    assert desk.bytes is None
+    controller.stop()
 
 
 async def test_memory_has_the_last_word_over_the_load() -> None:
     desk, memory = Desk(), Watching(MemoryConfig())
-    controller = Controller(desk, scaling=ScalingConfig(), memory=memory, counts=Broker().counts)
+    controller = Controller(desk, "q", desk.clock, scaling=ScalingConfig(), memory=memory, counts=Broker().counts)
     controller.start()
     memory.used = 85 << 20
     await work(desk, 20)
@@ -262,12 +284,12 @@ async def test_memory_has_the_last_word_over_the_load() -> None:
     memory.used = 10 << 20
     await work(desk, 20)
     assert desk.limits.concurrency > 8
-    await controller.stop()
+    controller.stop()
 
 
 async def test_of_sessions_only_those_held_can_run(message: ReceivedMessage) -> None:
     desk = Desk()
-    controller = Controller(desk, scaling=ScalingConfig(), counts=Broker().counts)
+    controller = Controller(desk, "q", desk.clock, scaling=ScalingConfig(), counts=Broker().counts)
     controller.start()
     desk.stats = Stats(sessions_open=3)
     await work(desk, 30)
@@ -275,7 +297,7 @@ async def test_of_sessions_only_those_held_can_run(message: ReceivedMessage) -> 
     controller.received([message])
     await work(desk, 1)
     assert desk.limits.concurrency > 3, "messages without a session may run beside them"
-    await controller.stop()
+    controller.stop()
 
 
 @pytest.fixture

@@ -196,47 +196,59 @@ def looked(machine: Machine, used: int) -> MemoryPressure:
     return pressure
 
 
-def test_prefetch_grows_only_into_what_there_is_room_for(machine: Machine) -> None:
-    """10 messages of 10 bytes are held; 500 bytes are left below the high level: 60 would fit."""
+def test_without_pressure_it_allows_what_is_wanted_step_by_step(machine: Machine) -> None:
     pressure = looked(machine, 300)
-    assert pressure.allowed(MOST, Limits(32, 10), LOWEST, 10, 100).prefetch == 20, "doubled at most"
-    assert pressure.allowed(MOST, Limits(32, 40), LOWEST, 10, 100).prefetch == 60
-    assert pressure.allowed(MOST, Limits(32, 55), LOWEST, 10, 100).prefetch == 55, "and is steady near it"
-    assert pressure.allowed(MOST, Limits(32, 500), LOWEST, 10, 100).prefetch == 60, "before the limit is near"
-    assert pressure.allowed(Limits(8, 30, 2, 3), Limits(32, 500), LOWEST, 10, 100) == (8, 30, 2, 3)
+    assert pressure.allowed(MOST, Limits(8, 10), LOWEST) == (32, 20, 1, 1), "prefetch doubles at most"
+    assert pressure.allowed(Limits(8, 30, 2, 3), Limits(32, 500), LOWEST) == (8, 30, 2, 3)
 
 
-def test_without_messages_their_size_is_remembered(machine: Machine) -> None:
-    pressure = looked(machine, 300)
-    assert pressure.allowed(MOST, Limits(32, 100), LOWEST, 0, 0).prefetch == 200, "nothing is known yet"
-    pressure.allowed(MOST, Limits(32, 500), LOWEST, 10, 100)
-    assert pressure.allowed(MOST, Limits(32, 500), LOWEST, 0, 0).prefetch == 50
+def test_bytes_are_bounded_by_what_is_left_below_the_high_level(machine: Machine) -> None:
+    assert looked(machine, 300).allowed_bytes(100) == 600
+    assert looked(machine, 799).allowed_bytes(100) == 101
+    assert looked(machine, 850).allowed_bytes(100) == 50, "and halved above it"
+    assert looked(machine, 950).allowed_bytes(1) == 1
+
+
+def test_the_limit_that_leaves_fewest_bytes_bounds_them(machine: Machine) -> None:
+    """Not the fullest: of a large one there may be more left."""
+    machine.v2("/pod/worker")
+    machine.group("pod/worker", memory_max=1000, memory_current=600)
+    machine.group("pod", memory_max=1_000_000, memory_current=650_000)
+    pressure = machine.pressure()
+    pressure.look()
+    assert pressure.use is not None
+    assert pressure.use.limit == 1_000_000
+    assert pressure.allowed_bytes(0) == 200
+
+
+def test_where_nothing_is_known_bytes_are_not_bounded(tmp_path: Path) -> None:
+    pressure = MemoryPressure(root=tmp_path)
+    pressure.look()
+    assert pressure.allowed_bytes(100) is None
 
 
 def test_under_high_pressure_prefetch_is_halved_and_nothing_grows(machine: Machine) -> None:
     pressure = looked(machine, 850)
-    assert pressure.allowed(MOST, Limits(16, 100, 2, 5), LOWEST, 100, 100) == (16, 50, 1, 1)
-    assert pressure.allowed(MOST._replace(pollers=4), Limits(16, 3, 2, 5), LOWEST, 1, 1) == (16, 2, 2, 1)
+    assert pressure.allowed(MOST, Limits(16, 100, 2, 5), LOWEST) == (16, 50, 1, 1)
+    assert pressure.allowed(MOST._replace(pollers=4), Limits(16, 3, 2, 5), LOWEST) == (16, 2, 2, 1)
 
 
 def test_under_critical_pressure_only_the_least_is_held_and_handlers_are_halved(machine: Machine) -> None:
     pressure = looked(machine, 950)
-    assert pressure.allowed(MOST, Limits(16, 100), LOWEST, 100, 100) == (8, 2, 1, 1)
-    assert pressure.allowed(MOST, Limits(1, 100), LOWEST, 100, 100) == (1, 2, 1, 1)
+    assert pressure.allowed(MOST, Limits(16, 100), LOWEST) == (8, 2, 1, 1)
+    assert pressure.allowed(MOST, Limits(1, 100), LOWEST) == (1, 2, 1, 1)
 
 
 @given(
     used=st.integers(0, 2000),
     wanted=st.builds(Limits, *[st.integers(1, 1000)] * 4),
     now=st.builds(Limits, *[st.integers(1, 1000)] * 4),
-    held=st.integers(0, 1000),
-    size=st.integers(0, 100),
 )
 def test_it_never_allows_more_than_wanted_nor_less_than_the_lowest(
-    tmp_path_factory: pytest.TempPathFactory, used: int, wanted: Limits, now: Limits, held: int, size: int
+    tmp_path_factory: pytest.TempPathFactory, used: int, wanted: Limits, now: Limits
 ) -> None:
     machine = Machine(tmp_path_factory.mktemp("root"))
-    allowed = looked(machine, used).allowed(wanted, now, Limits(1, 1), held, held * size)
+    allowed = looked(machine, used).allowed(wanted, now, Limits(1, 1))
     assert all(1 <= value <= most for value, most in zip(allowed, wanted, strict=True))
     assert allowed.prefetch <= 2 * now.prefetch
 
