@@ -98,12 +98,15 @@ def _replace(path: Path, data: bytes) -> None:
         raise
 
 
-def problems_of(path: Path, max_age: float) -> list[str]:
-    """Return what is wrong, in words: with the process that writes the file, or with the file."""
+def problems_of(path: Path, max_age: float, *, only_alive: bool = False) -> list[str]:
+    """Return what is wrong, in words: with the process that writes the file, or with the file.
+
+    With ``only_alive``, what the process itself tells does not count: that it can tell it is enough.
+    """
     try:
         written = json.loads(path.read_bytes())
         age = time.monotonic() - written["monotonic"]  # the same clock for all processes since the machine's start
-        problems = [str(problem) for problem in written["problems"]]
+        problems = [] if only_alive else [str(problem) for problem in written["problems"]]
     except FileNotFoundError:
         return [f"there is no {path}: nothing runs with this --health-file, or it has just begun"]
     except OSError as error:

@@ -238,13 +238,17 @@ def _many_processes(client: QueueClient, plan: Plan, ways: Ways) -> Engine:
     "--max-age", metavar="SECONDS", type=click.FloatRange(0, min_open=True), default=MAX_AGE, show_default=True,
     help="An older file is that of a process that is stuck or gone.",
 )  # fmt: skip
+@click.option(
+    "--alive", "only_alive", is_flag=True,
+    help="Only ask whether its process goes on; for probes that have it killed when this fails.",
+)  # fmt: skip
 @click.pass_context
-def health(ctx: click.Context, /, path: Path, max_age: float) -> None:
+def health(ctx: click.Context, /, path: Path, max_age: float, only_alive: bool) -> None:
     """Look at what run --health-file PATH writes: exit with 0 when all is well, with 1 and the problems when not.
 
     For the probes of Kubernetes, ECS and others that run a command.
     """
-    problems = problems_of(path, max_age)
+    problems = problems_of(path, max_age, only_alive=only_alive)
     for problem in problems:
         tell(problem)
     if not problems:
