@@ -367,7 +367,7 @@ def told(meter: Meter) -> dict[str, Any]:
         "latency": [round(meter.latency.percentile(p) or 0.0, 1) for p in (0, 50, 95, 100)],
         "reasons": meter.reasons,
         "failures": meter.failures,
-        "dead": sorted(meter.dead_letters),
+        "dead": sorted(meter.dead_letters, key=repr),
         "sessions": meter.sessions,
     }
 
