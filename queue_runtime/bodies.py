@@ -32,6 +32,7 @@ _WHOLE = ".body"
 _PARTIAL = ".partial"
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+_DELETE_ON_CLOSE = getattr(os, "O_TEMPORARY", 0)  # of Windows, where an open file cannot be deleted
 _CODES = {
     errno.ENOSPC: "disk-full",
     errno.EDQUOT: "disk-full",
@@ -228,8 +229,10 @@ class _Segment:
 
     def __init__(self, directory: Path, size: int) -> None:
         self._fd = -1
-        self._fd, path = tempfile.mkstemp(".queue-runtime", dir=directory)
-        os.unlink(path)
+        path = directory / (secrets.token_hex(16) + ".queue-runtime")
+        self._fd = os.open(path, _CREATE | _DELETE_ON_CLOSE, 0o600)
+        if not _DELETE_ON_CLOSE:
+            os.unlink(path)
         os.truncate(self._fd, size)  # of holes: what is not written takes no space
         self._view = map_file(self._fd, size)
         self._size = size

@@ -42,11 +42,9 @@ cdef class Mapping:
     Thread-safety: any thread may use it. It lasts until its last view is gone.
     """
 
-    def __init__(self, int fd, Py_ssize_t size):
+    def __cinit__(self, int fd, Py_ssize_t size):
         cdef void *memory = NULL
         cdef int error
-        if self.memory != NULL:
-            raise TypeError("a Mapping is immutable")
         if size <= 0:
             raise ValidationError("size", f"must be at least 1, not {size}")
         with nogil:
@@ -62,8 +60,6 @@ cdef class Mapping:
                 qr_unmap(self.memory, self.size)
 
     def __getbuffer__(self, Py_buffer *view, int flags):
-        if self.memory == NULL:
-            raise BufferError("the mapping was made without its constructor")
         PyBuffer_FillInfo(view, self, self.memory, self.size, 1, flags)
 
 

@@ -81,13 +81,10 @@ def test_mappings_that_cannot_be(path: Path) -> None:
         assert map_file(file.fileno(), 0) == b""
         with pytest.raises(ValidationError, match="size: must be at least 1"):
             map_file(file.fileno(), -1)
-        mapping: Any = map_file(file.fileno(), 10).obj
-        with pytest.raises(TypeError, match="immutable"):
-            mapping.__init__(file.fileno(), 10)
     with pytest.raises(OSError, match="Bad file descriptor"):
         map_file(-1, 10)
-    with pytest.raises(BufferError):
-        memoryview(Mapping.__new__(Mapping))  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        Mapping.__new__(Mapping)
     with pytest.raises(TypeError, match="not writable"):
         (ctypes.c_char * 4).from_buffer(own_mapping(path))  # which wants to write
     with pytest.raises(TypeError):
