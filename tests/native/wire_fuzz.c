@@ -25,6 +25,22 @@ static void fail(const char *what) {
     exit(1);
 }
 
+/* The first `cut` bytes in a block of their own, the rest said to be elsewhere: an envelope only when that is the body
+ * of one, from its first byte on. `head` is where the body begins, or SIZE_MAX when the bytes are no envelope. */
+static void look_at_a_part(const uint8_t *bytes, size_t size, size_t cut, size_t head, const wire_envelope *whole) {
+    wire_envelope envelope;
+    wire_fault fault = {0};
+    uint8_t *block = malloc(cut ? cut : 1);
+    if (cut) memcpy(block, bytes, cut);
+    bool good = wire_check_parts(block, cut, size - cut, &envelope, &fault);
+    if (good != (head != SIZE_MAX && (cut == head || cut == size))) fail("a part is judged unlike the whole");
+    if (good && (memcmp(envelope.at, whole->at, sizeof envelope.at) || envelope.ascii != whole->ascii ||
+                 envelope.size != whole->size))
+        fail("a part says something else than the whole");
+    if (!good && (fault.field == NULL || fault.problem == NULL)) fail("a part is refused without a reason");
+    free(block);
+}
+
 static void look_at(const uint8_t *bytes, size_t size) {
     wire_envelope envelope;
     wire_fault fault = {0};
@@ -33,6 +49,7 @@ static void look_at(const uint8_t *bytes, size_t size) {
     if (!wire_check(block, size, &envelope, &fault)) {
         refused++;
         if (fault.field == NULL || fault.problem == NULL || fault.offset > size) fail("a fault without a reason or a place");
+        look_at_a_part(bytes, size, pick((uint32_t)size + 1), SIZE_MAX, &envelope);
         free(block);
         return;
     }
@@ -56,6 +73,9 @@ static void look_at(const uint8_t *bytes, size_t size) {
     message.body = wire_checked_run(p);
     total += message.body.size;
     if (total != envelope.size) fail("the size is not the sum of the parts");
+    size_t head = (size_t)(message.body.data - block);
+    look_at_a_part(bytes, size, head, head, &envelope);
+    look_at_a_part(bytes, size, pick((uint32_t)size + 1), head, &envelope);
     message.ttl_us = envelope.ttl_us;
     message.scheduled_us = envelope.scheduled_us;
     message.delay_us = envelope.delay_us;
