@@ -11,7 +11,7 @@ from queue_runtime.arguments import MAX_COUNT
 from queue_runtime.breaker import BreakerState
 from queue_runtime.clock import sleep
 from queue_runtime.errors import QueueRuntimeError
-from queue_runtime.message import ReceivedMessage
+from queue_runtime.message import Receipt, ReceivedMessage
 from queue_runtime.runner import Runner
 
 logger = logging.getLogger("queue_runtime.consumer")
@@ -49,22 +49,15 @@ class Intake:
     async def fetch(self, granted: int, receive: Receive) -> list[ReceivedMessage]:
         """Receive into the room that was granted, and give back what was not needed of it."""
         runner = self.runner
-        came: list[ReceivedMessage] = []
         messages: list[ReceivedMessage] = []
         reserved = 0.0
         try:
             count, reserved = await runner.bytes.reserve(granted)
             call = partial(receive, count)
-            if runner.chain.receive is None:
-                messages = await self.persistently(call)
-            else:
-                messages = await self.persistently(runner.chain.receive(partial(_noted, call, came)))
+            messages = await self.persistently(call if runner.chain.receive is None else partial(self._hooked, call))
         finally:
             runner.room.give(granted - len(messages))
             runner.bytes.arrived(reserved, [message.size for message in messages])
-            if len(came) > len(messages):
-                kept = {message.receipt for message in messages}
-                runner.spawn(self.release([message for message in came if message.receipt not in kept]))
         if messages:
             runner.hold(messages)
         return messages
@@ -92,11 +85,21 @@ class Intake:
             is_bug = not isinstance(error, QueueRuntimeError)
             logger.warning("not all released, queue=%s: %s", runner.queue_name, error, exc_info=is_bug)
 
+    async def _hooked(self, call: Callable[[], Awaitable[list[ReceivedMessage]]]) -> list[ReceivedMessage]:
+        """Receive through the middleware, and release what it leaves out, or all when it fails."""
+        assert self.runner.chain.receive is not None
+        came: dict[Receipt, ReceivedMessage] = {}
 
-async def _noted(
-    call: Callable[[], Awaitable[list[ReceivedMessage]]], came: list[ReceivedMessage]
-) -> list[ReceivedMessage]:
-    """Call, and keep what came, whatever a middleware makes of it."""
-    messages = await call()
-    came.extend(messages)
-    return messages
+        async def noted() -> list[ReceivedMessage]:
+            messages = await call()
+            came.update((message.receipt, message) for message in messages)
+            return messages
+
+        try:
+            messages = await self.runner.chain.receive(noted)()
+            for message in messages:
+                came.pop(message.receipt, None)
+            return messages
+        finally:
+            if came:
+                self.runner.spawn(self.release([*came.values()]))

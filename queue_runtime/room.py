@@ -139,8 +139,8 @@ class ByteBound:
     """The bound on the bytes of the messages that are held [C39].
 
     Nobody knows the size of a message before it is there, so what a receive may bring is reckoned from the largest
-    recent one. What is held passes the limit by the misjudgement of the receives under way at most, and by nothing
-    once sizes are alike.
+    recent one. What is held passes the limit by what the receives under way misjudged at most, and, where the limit is
+    less than that, by one message for each of them.
 
     Parameters
     ----------
@@ -163,7 +163,8 @@ class ByteBound:
         """Wait until there is room for a message; return how many of ``wanted`` fit, 1 at least, and their bytes."""
         if self.limit is None:
             return wanted, 0.0
-        while (taken := self.held + self._expected) and taken + self._typical > self.limit:
+        # With nothing held, who waits for messages keeps nobody else from waiting for some.
+        while self.held and self.held + self._expected + self._typical > self.limit:
             taker = asyncio.get_running_loop().create_future()
             self._takers.append(taker)
             try:
@@ -172,7 +173,8 @@ class ByteBound:
                 self._wake()  # in case that it was this one's turn
                 raise
         # A part of the room, as whoever waits long for messages must leave some to others.
-        fitting = max(1, min(wanted, int((self.limit - taken) * PART / self._typical)))
+        free = max(0.0, self.limit - self.held - self._expected)
+        fitting = max(1, min(wanted, int(free * PART / self._typical)))
         reserved = fitting * self._typical
         self._expected += reserved
         return fitting, reserved
