@@ -464,7 +464,7 @@ def test_a_missing_extra_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("run",), ("send",), ("peek",), ("dlq",), ("dlq", "list"), ("dlq", "redrive")]
+    "arguments", [(), ("run",), ("health",), ("send",), ("peek",), ("dlq",), ("dlq", "list"), ("dlq", "redrive")]
 )
 def test_help_is_there(arguments: tuple[str, ...]) -> None:
     done = invoke(*arguments, "--help")

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +149,45 @@ def test_a_run_tells_how_it_is_and_takes_the_file_away(
     command += ["--health-file", str(path), *processes]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=tmp_path, env=broker.environment, stdout=pipe, stderr=pipe) as process:
-        began = time.monotonic()
-        while not (path.exists() and judge(path).exit_code == 0):
-            assert time.monotonic() - began < 10, path.exists() and path.read_text()
-            time.sleep(0.02)
+        until(lambda: path.exists() and judge(path).exit_code == 0)
         told = json.loads(path.read_text())
         process.terminate()
         process.communicate(timeout=10)
     assert process.returncode == 143
     assert (told["queue"], told["provider"], told["pid"]) == ("q", "remote", process.pid)
     assert told["processes"] == (2 if processes else 1)
+    if not processes:
+        assert told["connection"] == "open"
+        assert told["backlog"]["q"]["active"] == 0
     assert not path.exists()
+
+
+@pytest.mark.parametrize("processes", [(), ("--processes", "2")])
+def test_a_broker_that_is_gone_is_a_problem_and_no_reason_to_restart(
+    tmp_path: Path, own_broker: Callable[..., RunningBroker], processes: tuple[str, ...]
+) -> None:
+    broker = own_broker()
+    (tmp_path / "handlers.py").write_text("async def quiet(message):\n    pass\n")
+    path = tmp_path / "health.json"
+    code = "from queue_runtime.cli import health_file, main\nhealth_file.EVERY = 0.1\nmain()"
+    command = [sys.executable, "-c", code, "run", "handlers:quiet", "--provider", broker.url(), "--queue", "q"]
+    command += ["--health-file", str(path), "--drain-timeout", "0", *processes]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, env=broker.environment, stdout=pipe, stderr=pipe) as process:
+        until(lambda: path.exists() and judge(path).exit_code == 0)
+        broker.kill()
+        until(lambda: judge(path).exit_code == 1)
+        told = judge(path).stderr
+        alive = judge(path, "--alive").exit_code
+        process.kill()
+        process.communicate()
+    assert "the service did not say what is in queue q" in told
+    assert ("worker 0: " in told or "worker 1: " in told) == bool(processes)
+    assert alive == 0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < 15
+        time.sleep(0.02)

@@ -15,6 +15,7 @@ import pytest
 import uvloop
 
 from queue_runtime import ConfigurationError, RuntimeConfiguration, ValidationError
+from queue_runtime.runtime import available_cpus
 
 WRONG: list[tuple[str, Any, str]] = [
     ("loop", "trio", "one of auto, asyncio, uvloop"),
@@ -152,6 +153,22 @@ def test_the_presets_differ_and_take_changes() -> None:
     assert low.run(seen)[0] == (500, 5, 5)
     assert high.run(seen)[1] > 1000 + low.run(seen)[1]
     assert RuntimeConfiguration.for_low_resource(thread_pool_size=5).thread_pool_size == 5
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("max 100000\n", 64), ("200000 100000\n", 2), ("150000 100000\n", 2), ("1000 100000\n", 1), ("nonsense\n", 64),
+     ("9900000 100000\n", 64), ("1 0\n", 64), (None, 64)],
+)  # fmt: skip
+def test_a_container_s_cpu_limit_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str | None, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    file = tmp_path / "cpu.max"
+    if quota is not None:
+        file.write_text(quota)
+    assert available_cpus(str(file)) == expected
+    monkeypatch.undo()
 
 
 # What is wrong.

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from queue_runtime.cli.failure import Code, Failure
 
-EVERY = 2.0
+EVERY = 5.0
 """Seconds between two writings."""
 MAX_AGE = 30.0
 """Seconds after which a file is too old, unless the probe says otherwise."""

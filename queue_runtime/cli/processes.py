@@ -94,7 +94,7 @@ class ManyProcesses:
             "deaths": [death._asdict() for death in self._deaths],
         }
 
-    async def problems(self) -> list[str]:
+    async def health(self) -> dict[str, Any]:
         found = []
         now = time.monotonic()
         for number, seat in enumerate(self._seats):
@@ -103,7 +103,7 @@ class ManyProcesses:
             elif now - seat.heard_at > SILENCE:
                 found.append(f"worker {number} (process {seat.pid}) has said nothing for {now - seat.heard_at:.0f} s")
             found += [f"worker {number}: {problem}" for problem in seat.problems]
-        return found
+        return {"problems": found}
 
     # Told by the supervisor.
 
@@ -117,7 +117,7 @@ class ManyProcesses:
         seat = self._seats[number]
         seat.heard_at = time.monotonic()
         seat.stats = frame["stats"]
-        seat.problems = frame.get("problems", ())
+        seat.problems = frame["problems"]
         self.meter.add(frame["meter"])
 
     def ended(self, number: int) -> None:

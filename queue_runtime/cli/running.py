@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 
+from queue_runtime.cli import health_file
 from queue_runtime.cli.failure import Code, Failure, end_in_spite_of_handlers
 from queue_runtime.cli.feeding import session_key_of
 from queue_runtime.cli.handlers import load_handler
-from queue_runtime.cli.health_file import EVERY, MAX_AGE, HealthFile, problems_of
+from queue_runtime.cli.health_file import MAX_AGE, HealthFile, problems_of
 from queue_runtime.cli.options import (
     CODES,
     as_count,
@@ -91,7 +92,7 @@ class Ways:
 )  # fmt: skip
 @click.option(
     "--health-file", metavar="PATH", type=click.Path(dir_okay=False, path_type=Path),
-    help=f"Write there every {EVERY:g} s how it is, for the command health.",
+    help=f"Write there every {health_file.EVERY:g} s how it is, for the command health.",
 )  # fmt: skip
 @click.option(
     "--until-empty/--forever", default=None,
@@ -218,6 +219,7 @@ def _many_processes(client: QueueClient, plan: Plan, ways: Ways) -> Engine:
             "runtime": ways.runtime,
             "cores": [cores[number % len(cores)]] if cores else None,
             "keep": plan.show,
+            "examine_every": None if ways.health_file is None else health_file.EVERY,
             "verbose": ways.verbose,
         }
         for number in range(ways.processes or available_cpus())

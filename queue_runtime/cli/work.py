@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
 import sys
 import threading
@@ -150,8 +151,8 @@ class Engine(Protocol):
         """What ``--json`` tells of worker processes; None when there are none."""
         ...
 
-    async def problems(self) -> list[str]:
-        """What is wrong now, in words."""
+    async def health(self) -> dict[str, Any]:
+        """How it is now: ``problems``, in words, and what else there is to tell, in JSON's own types."""
         ...
 
     async def run(self) -> object:
@@ -176,6 +177,8 @@ class OneProcess:
     def __init__(
         self, client: QueueClient, queue_name: str, handler: Handler, config: ConsumerConfig, *, keep: int
     ) -> None:
+        self._client = client
+        self._queue_name = queue_name
         self.meter = Meter(keep)
         self._consumer = Consumer(client, queue_name, handler, config, observer=self.meter)
         self.run = self._consumer.run
@@ -193,8 +196,16 @@ class OneProcess:
     def processes(self) -> dict[str, Any] | None:
         return None
 
-    async def problems(self) -> list[str]:
-        return []
+    async def health(self) -> dict[str, Any]:
+        health = await self._client.health(self._queue_name)
+        return {
+            "problems": list(health.problems),
+            "connection": health.connection,
+            "last_receive": health.last_receive,
+            "last_settle": health.last_settle,
+            "backlog": {name: dataclasses.asdict(counts) for name, counts in health.backlog.items()},
+            "breakers": {name: state.value for name, state in health.breakers.items()},
+        }
 
 
 class Work:
@@ -235,7 +246,7 @@ class Work:
     async def health(self) -> dict[str, Any]:
         """How it is now, for the health file."""
         return {
-            "problems": await self._engine.problems(),
+            **await self._engine.health(),
             "draining": bool(self._signals),
             "queue": self._plan.queue_name,
             "provider": self._client.provider_name,

@@ -153,6 +153,7 @@ class Worker:
         self._orders = orders
         self._reports = reports
         self._engine: OneProcess | None = None
+        self._problems: list[str] = []
 
     def work(self) -> int:
         """Work until an order ends it; return the exit code. Raises what makes the job impossible."""
@@ -181,24 +182,35 @@ class Worker:
                     engine.stop()
 
             with self._orders.obeyed(obey):
-                beating = asyncio.create_task(self._beat())
+                beside = [asyncio.create_task(self._beat())]
+                if job["examine_every"] is not None:
+                    beside.append(asyncio.create_task(self._examine(engine)))
                 try:
                     await engine.run()
                 finally:
-                    beating.cancel()
-                    await asyncio.gather(beating, return_exceptions=True)
+                    for task in beside:
+                        task.cancel()
+                    await asyncio.gather(*beside, return_exceptions=True)
 
     async def _beat(self) -> None:
-        assert self._engine is not None
         while True:
             if self._reports.is_clear:
-                problems = await self._engine.problems()
-                self._reports.send({**self._report(), "problems": problems})
+                self._reports.send(self._report())
             await asyncio.sleep(BEAT)
+
+    async def _examine(self, engine: OneProcess) -> None:
+        while True:
+            self._problems = (await engine.health())["problems"]
+            await asyncio.sleep(self._job["examine_every"])
 
     def _report(self, *, final: bool = False) -> dict[str, Any]:
         assert self._engine is not None
-        return {"final": final, "stats": self._engine.stats._asdict(), "meter": self._engine.meter.take()}
+        return {
+            "final": final,
+            "stats": self._engine.stats._asdict(),
+            "meter": self._engine.meter.take(),
+            "problems": self._problems,
+        }
 
 
 def main() -> None:
