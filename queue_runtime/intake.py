@@ -46,15 +46,18 @@ class Intake:
                 return 1
         return MAX_COUNT
 
-    async def fetch(self, granted: int, receive: Receive) -> list[ReceivedMessage]:
-        """Receive into the room that was granted, and give back what was not needed of it."""
+    async def fetch(
+        self, granted: int, receive: Receive, *, once: tuple[type[QueueRuntimeError], ...] = ()
+    ) -> list[ReceivedMessage]:
+        """Receive into the room that was granted, and give back what was not needed of it; see ``persistently``."""
         runner = self.runner
         messages: list[ReceivedMessage] = []
         reserved = 0.0
         try:
             count, reserved = await runner.bytes.reserve(granted)
             call = partial(receive, count)
-            messages = await self.persistently(call if runner.chain.receive is None else partial(self._hooked, call))
+            hooked = call if runner.chain.receive is None else partial(self._hooked, call)
+            messages = await self.persistently(hooked, once=once)
         finally:
             runner.room.give(granted - len(messages))
             runner.bytes.arrived(reserved, [message.size for message in messages])
@@ -62,14 +65,16 @@ class Intake:
             runner.hold(messages)
         return messages
 
-    async def persistently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Call, again after a pause while the error is a passing one."""
+    async def persistently(
+        self, call: Callable[[], Awaitable[T]], *, once: tuple[type[QueueRuntimeError], ...] = ()
+    ) -> T:
+        """Call, again after a pause while the error is a passing one, but for those of ``once``."""
         pause = FIRST_PAUSE
         while True:
             try:
                 return await call()
             except QueueRuntimeError as error:
-                if not error.is_transient:
+                if not error.is_transient or isinstance(error, once):
                     raise
                 wait = max(pause, error.retry_after or 0.0)
                 logger.warning("cannot fetch, queue=%s, again in %.1f s: %s", self.runner.queue_name, wait, error)

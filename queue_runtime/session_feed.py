@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from functools import partial
 from typing import Any, cast
 
-from queue_runtime.errors import QueueRuntimeError, SessionLockLostError
+from queue_runtime.errors import ConnectionFailedError, QueueRuntimeError, QueueTimeoutError, SessionLockLostError
 from queue_runtime.feeds import cancelled
 from queue_runtime.handling import ConsumerConfig
 from queue_runtime.intake import Intake
@@ -30,6 +30,9 @@ SHORT_DELAY = 1.0
 """Seconds of delay for which a session keeps its place in any case; for longer, unless others want it."""
 MOST_REMEMBERED = 10_000
 """Failing sessions that are remembered."""
+NO_ANSWER = (ConnectionFailedError, QueueTimeoutError)
+"""After these, messages may be locked for a receive that they never reached. Whoever received on would pass them over:
+the session is let go, and with it they are free again, in their order."""
 COMES_BACK = 1.0
 """Seconds within which a provider over a network hands an abandoned message out again."""
 
@@ -73,7 +76,7 @@ class SessionFeed:
         if not timeout or self.is_wanted or not self.runner.room.take_one():
             return []
         receive = partial(session.receive_messages, timeout=timeout)
-        waiting = asyncio.ensure_future(self.intake.fetch(1, receive))
+        waiting = asyncio.ensure_future(self.intake.fetch(1, receive, once=NO_ANSWER))
         self._idlers[waiting] = None
         try:
             await asyncio.wait([waiting])
@@ -148,8 +151,8 @@ class _Holding:
         runner.tell(runner.observer.session_opened, session.session_id)
         try:
             await self._serve()
-        except SessionLockLostError:
-            logger.warning("session lost, queue=%s session_id=%s", runner.queue_name, session.session_id)
+        except (SessionLockLostError, *NO_ANSWER) as error:
+            logger.warning("session let go, queue=%s session_id=%s: %s", runner.queue_name, session.session_id, error)
         finally:
             try:
                 with contextlib.suppress(QueueRuntimeError):
@@ -235,7 +238,8 @@ class _Holding:
         intake, runner = self._feed.intake, self._runner
         with self._cancellable():
             granted = await runner.room.take(min(wanted, await intake.allowed()), share=self._feed.share)
-            return await intake.fetch(granted, partial(self._session.receive_messages, timeout=timeout))
+            receive = partial(self._session.receive_messages, timeout=timeout)
+            return await intake.fetch(granted, receive, once=NO_ANSWER)
 
     async def _wait_idly(self, timeout: float) -> list[ReceivedMessage]:
         with self._cancellable():
