@@ -18,7 +18,7 @@ from remote.provider import RemoteProvider
 from remote.running import RunningBroker
 
 from queue_runtime.client import QueueClient
-from queue_runtime.clock import ManualClock, settle_tasks
+from queue_runtime.clock import ManualClock, SystemClock, settle_tasks
 from queue_runtime.errors import CapabilityError
 from queue_runtime.providers.base import Capabilities
 from queue_runtime.sessions import SessionKey
@@ -48,7 +48,7 @@ class RemoteHarness(Harness):
 
     def __init__(self, broker: RunningBroker) -> None:
         self.broker = broker
-        self.clock = ManualClock()
+        self.clock: ManualClock | SystemClock = ManualClock()
         self.clients: dict[QueueClient, RemoteConfig] = {}
 
     async def open(
@@ -89,6 +89,7 @@ class RemoteHarness(Harness):
 
     async def pass_time(self, seconds: float) -> None:
         steps = max(1, round(seconds / self.lock_duration * STEPS_OF_A_LOCK))
+        assert isinstance(self.clock, ManualClock)
         for _ in range(steps):
             await self.clock.advance(seconds / steps)
             await self.answered()
@@ -150,6 +151,26 @@ class WeakHarness(RemoteHarness):
         )
 
 
+class RealHarness(RemoteHarness):
+    """The same, in real time."""
+
+    lock_duration = 0.3
+    unit = 0.3
+
+    def __init__(self, broker: RunningBroker) -> None:
+        super().__init__(broker)
+        self.clock = SystemClock()
+
+    def config(self, **settings: Any) -> RemoteConfig:
+        return self.broker.config(**{"settle_interval": 0.001, **settings})
+
+    async def pass_time(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def now(self) -> float:
+        return self.clock.time()
+
+
 @pytest.fixture(params=[RemoteHarness, WeakHarness], ids=["full", "weak"])
 async def harness(request: pytest.FixtureRequest, broker: RunningBroker) -> AsyncIterator[RemoteHarness]:
     harness = request.param(broker)
@@ -187,3 +208,20 @@ class TestSessionLock(SessionLockContract):
 
 class TestSessionKeys(SessionKeyContract):
     pass
+
+
+class TestOnTheRealClock:
+    """What only time itself shows: the service's locks and the client's renewal, each by its own clock."""
+
+    @pytest.fixture
+    async def harness(self, broker: RunningBroker) -> AsyncIterator[RealHarness]:
+        harness = RealHarness(broker)
+        yield harness
+        await harness.close()
+
+    test_renewal_in_a_buffer = LockContract.test_automatic_renewal_covers_what_waits_in_a_buffer
+    test_renewal_of_a_session = SessionLockContract.test_a_held_session_is_renewed
+    test_the_end_of_a_lock = SettleContract.test_a_receipt_ends_with_its_lock
+    test_the_loss_of_a_session = SessionLockContract.test_a_holder_that_waits_is_told_that_it_lost_the_session
+    test_waking = SessionLockContract.test_who_waits_for_a_session_is_woken
+    test_due_messages = SendContract.test_a_waiting_receiver_gets_a_message_when_it_falls_due
