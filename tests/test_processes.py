@@ -202,8 +202,9 @@ def test_failures_and_dead_letters_of_all_are_in_the_sum(start: Start) -> None:
     assert told["retries"] == 5
 
 
-def test_json_alone_is_on_stdout(start: Start) -> None:
-    told, errors = report(start("note", *FED, "--json"))
+def test_auto_is_a_process_for_each_cpu_and_json_alone_is_on_stdout(start: Start) -> None:
+    told, errors = report(start("note", *FED, "--json", processes="auto"))
+    assert 1 <= told["processes"]["workers"] <= len(os.sched_getaffinity(0))
     assert told["messages"]["completed"] == 100
     assert errors.count("handled by") == 100
 
@@ -217,11 +218,6 @@ def test_each_process_has_a_cpu_and_the_runtime_that_was_asked_for(start: Start)
     assert process.returncode == 0, errors
     seen = set(re.findall(r"handled on (\[.*?\]) (\w+)", output))
     assert seen == {(f"[{core}]", "asyncio") for core in cores[:3]}
-
-
-def test_auto_is_a_process_for_each_cpu(start: Start) -> None:
-    told, _ = report(start("quiet", *FED, "--json", processes="auto"))
-    assert 1 <= told["processes"]["workers"] <= len(os.sched_getaffinity(0))
 
 
 def test_a_terminal_shows_all_of_it_in_one_line(here: Path, broker: RunningBroker) -> None:

@@ -18,6 +18,8 @@ from typing import Any, Self
 
 from queue_runtime.cli.failure import Code, Failure
 
+FIRST = 0.5
+"""Seconds until it is written again after the start, when much changes; then twice as many, up to EVERY."""
 EVERY = 5.0
 """Seconds between two writings."""
 MAX_AGE = 30.0
@@ -68,8 +70,10 @@ class HealthFile:
                 await asyncio.to_thread(self._path.unlink, missing_ok=True)
 
     async def _write_again(self, path: Path) -> None:
+        pause = min(FIRST, EVERY)
         while True:
-            await asyncio.sleep(EVERY)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, EVERY)
             try:
                 await self._write(path)
             except OSError as error:

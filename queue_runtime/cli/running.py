@@ -207,6 +207,8 @@ def _many_processes(client: QueueClient, plan: Plan, ways: Ways) -> Engine:
         )
     if sys.platform == "win32":
         raise Failure("--processes needs a POSIX system; start several of these instead", Code.CONFIGURATION)
+    if ways.pinned and not hasattr(os, "sched_getaffinity"):
+        raise Failure("--cpu-affinity: this system cannot pin a process to CPUs", Code.CONFIGURATION)
     consumer_config(client, ways.limits)  # what is wrong with it is told here, once
     cores = sorted(os.sched_getaffinity(0)) if ways.pinned else []
     jobs = [
