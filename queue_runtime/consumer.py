@@ -175,8 +175,8 @@ class Consumer:
             if self._controller is not None:
                 self._controller.stop()
             self._runner.begin_no_more()
-            for feed in self._feeds:
-                await feed.stop()
+            # At once: while one releases what it holds, another must not go on fetching.
+            await asyncio.gather(*(feed.stop() for feed in self._feeds))
             while (pending := self._pending()) and not hurried.done():
                 await asyncio.wait([*pending, hurried], return_when=asyncio.FIRST_COMPLETED)
             if self.stats.running:

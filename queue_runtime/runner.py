@@ -170,6 +170,11 @@ class Runner:
         if not self._held:
             self.breaker_moved.set()
 
+    def pass_over(self, message: ReceivedMessage) -> None:
+        """Have no handler begin with this one, which waits for its turn: one before it comes back."""
+        if message.receipt in self._held and self._held[message.receipt] is None:
+            self._lost.add(message.receipt)
+
     # Handling.
 
     async def handle(self, message: ReceivedMessage, session: Session | None = None) -> Disposition | None:

@@ -13,10 +13,10 @@ from collections import OrderedDict, deque
 from functools import partial
 from typing import Any, cast
 
-from queue_runtime.errors import ConnectionFailedError, QueueRuntimeError, QueueTimeoutError, SessionLockLostError
+from queue_runtime.errors import QueueRuntimeError, SessionLockLostError
 from queue_runtime.feeds import cancelled
 from queue_runtime.handling import ConsumerConfig
-from queue_runtime.intake import Intake
+from queue_runtime.intake import Intake, Receive
 from queue_runtime.message import ReceivedMessage
 from queue_runtime.providers.base import COMPLETE, Action, Disposition, Outcome
 from queue_runtime.room import Room
@@ -30,9 +30,6 @@ SHORT_DELAY = 1.0
 """Seconds of delay for which a session keeps its place in any case; for longer, unless others want it."""
 MOST_REMEMBERED = 10_000
 """Failing sessions that are remembered."""
-NO_ANSWER = (ConnectionFailedError, QueueTimeoutError)
-"""After these, messages may be locked for a receive that they never reached. Whoever received on would pass them over:
-the session is let go, and with it they are free again, in their order."""
 COMES_BACK = 1.0
 """Seconds within which a provider over a network hands an abandoned message out again."""
 
@@ -75,16 +72,20 @@ class SessionFeed:
         """Wait for a message of a session that has none now, until the time is over or its place is wanted."""
         if not timeout or self.is_wanted or not self.runner.room.take_one():
             return []
-        receive = partial(session.receive_messages, timeout=timeout)
-        waiting = asyncio.ensure_future(self.intake.fetch(1, receive, once=NO_ANSWER))
+        fetch = _IdleFetch(self.intake, partial(session.receive_messages, timeout=timeout))
+        waiting = asyncio.ensure_future(fetch.run())
         self._idlers[waiting] = None
         try:
             await asyncio.wait([waiting])
+        except asyncio.CancelledError:  # nobody will handle what came all the same; closing the session releases it
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            self.runner.let_go(fetch.messages)
+            raise
         finally:
             self._idlers.pop(waiting, None)
-            if not waiting.done():
-                waiting.cancel()
-                await asyncio.wait([waiting])
+            if not fetch.has_begun:  # so it could not give back its room
+                self.runner.room.give(1)
         return [] if waiting.cancelled() else waiting.result()
 
     def remember(self, session_id: str, *, is_failing: bool) -> None:
@@ -115,7 +116,9 @@ class SessionFeed:
 
     async def _room_for_a_batch(self) -> None:
         """Take no session that would wait for room while others could serve it."""
-        room, wanted = self.runner.room, self.batch_size()
+        room = self.runner.room
+        # Not more than is free when nothing is held: receives under way take room as well.
+        wanted = max(1, min(self.batch_size(), room.capacity // 4))
         while room.free < wanted and self._idlers:
             self._end_idling()
             await asyncio.sleep(0)
@@ -129,6 +132,22 @@ class SessionFeed:
             waiting.cancel()
 
 
+class _IdleFetch:
+    """The fetch of one message into the room that was taken for it, of which it can be told what became of it."""
+
+    def __init__(self, intake: Intake, receive: Receive) -> None:
+        self._intake = intake
+        self._receive = receive
+        self.has_begun = False
+        """A task that is cancelled before its first step runs nothing, not even its clean-up."""
+        self.messages: list[ReceivedMessage] = []
+
+    async def run(self) -> list[ReceivedMessage]:
+        self.has_begun = True
+        self.messages = await self._intake.fetch(1, self._receive)
+        return self.messages
+
+
 class _Holding:
     """One session while it is held."""
 
@@ -137,6 +156,8 @@ class _Holding:
         self._runner = feed.runner
         self._session = session
         self._buffer: deque[ReceivedMessage] = deque()
+        self._next: ReceivedMessage | None = None
+        """In a handler, or waiting for one."""
         self._settling = 0
         self._settled = asyncio.Event()
         self._is_broken = False
@@ -151,8 +172,8 @@ class _Holding:
         runner.tell(runner.observer.session_opened, session.session_id)
         try:
             await self._serve()
-        except (SessionLockLostError, *NO_ANSWER) as error:
-            logger.warning("session let go, queue=%s session_id=%s: %s", runner.queue_name, session.session_id, error)
+        except SessionLockLostError:
+            logger.warning("session lost, queue=%s session_id=%s", runner.queue_name, session.session_id)
         finally:
             try:
                 with contextlib.suppress(QueueRuntimeError):
@@ -177,6 +198,8 @@ class _Holding:
                     return
                 left -= len(messages)
                 buffer.extend(messages)
+                if self._is_broken:  # that came out while these were fetched
+                    return
             goes_on = await (self._handle_batch() if runner.is_batch else self._handle_one())
             if not goes_on:
                 return
@@ -187,7 +210,7 @@ class _Holding:
     async def _handle_one(self) -> bool:
         """Handle the next message; say whether the session can go on."""
         runner = self._runner
-        message = self._buffer.popleft()
+        message = self._next = self._buffer.popleft()
         disposition = await runner.handle(message, self._session)
         if disposition is COMPLETE and not runner.client.settles_at_once:
             # The next one begins meanwhile: this one was handled before it, even if it comes back for another time.
@@ -238,8 +261,7 @@ class _Holding:
         intake, runner = self._feed.intake, self._runner
         with self._cancellable():
             granted = await runner.room.take(min(wanted, await intake.allowed()), share=self._feed.share)
-            receive = partial(self._session.receive_messages, timeout=timeout)
-            return await intake.fetch(granted, receive, once=NO_ANSWER)
+            return await intake.fetch(granted, partial(self._session.receive_messages, timeout=timeout))
 
     async def _wait_idly(self, timeout: float) -> list[ReceivedMessage]:
         with self._cancellable():
@@ -259,6 +281,8 @@ class _Holding:
         self._settling -= 1
         if outcome is not None:
             self._is_broken = True
+            if self._next is not None:
+                self._runner.pass_over(self._next)
         if not self._settling:
             self._settled.set()
 
