@@ -38,6 +38,8 @@ class Seen(Protocol):
     @property
     def sequence_number(self) -> int | None: ...
     @property
+    def delivery_count(self) -> int: ...
+    @property
     def receipt(self) -> Any: ...
 
 
@@ -47,8 +49,10 @@ class _Entry:
     __slots__ = (
         "attempts",
         "end",
+        "has_returned",
         "is_dead",
         "is_gone",
+        "latest",
         "line",
         "open",
         "place",
@@ -62,11 +66,14 @@ class _Entry:
         self.place = place
         """Its place among the messages of its session."""
         self.attempts = 0
+        self.latest = (0, 0)
+        """The sequence number and the delivery count of the newest delivery that a handler got."""
         self.open: Any = None
         """The receipt of the latest handling, until its right to settle is used or known to be gone."""
         self.end: str | None = None
         self.why: str | None = None
         """Why the latest handling was not the last."""
+        self.has_returned = False
         self.is_dead = False
         self.redriven = self.redriven_before = 0
         """Times that it was sent back from the dead letters: so far, and when the latest handling began."""
@@ -78,26 +85,30 @@ class _Entry:
 
 
 class _Overtaken:
-    """A handling whose message, or session, was delivered to somebody else before it was settled."""
+    """A handling of what was delivered to somebody else, whose right to settle must turn out to be gone."""
 
-    __slots__ = ("end", "number", "witness")
+    __slots__ = ("end", "is_stale", "number", "witness")
 
-    def __init__(self, number: int, end: str | None, witness: Witness | None) -> None:
+    def __init__(self, number: int, end: str | None, witness: Witness | None, is_stale: bool = False) -> None:
         self.number = number
         self.end = end
         self.witness = witness
+        self.is_stale = is_stale
+        """Begun when the other one had got it already: its consumer had not noticed yet that the lock was lost."""
 
 
 class _Line:
     """A session."""
 
-    __slots__ = ("expected", "holder", "last", "running", "sent")
+    __slots__ = ("broken", "expected", "holder", "last", "running", "sent")
 
     def __init__(self) -> None:
         self.sent = 0
         self.expected = 0
         """The place of the message whose first handling is next."""
         self.holder: Any = None
+        self.broken: Any = None
+        """The holder that was told that a message could not be settled: it may handle nothing more."""
         self.last = -1
         """The sequence number handled last by this holder."""
         self.running: dict[Any, tuple[int, Witness | None]] = {}
@@ -166,26 +177,26 @@ class Ledger:
         self.handled += 1
         number, receipt = int(message.message_id), message.receipt
         entry = self._entries.get(number)
-        if entry is None:
-            self.violate(f"message {number} is handled after it was completed")
-            return 1
-        if entry.is_dead or entry.is_gone:
-            self.violate(
-                f"message {number} is handled after it was {'completed' if entry.is_gone else 'dead-lettered'}"
-            )
+        delivery = (message.sequence_number or 0, message.delivery_count)
+        if entry is None or entry.is_dead or entry.is_gone or delivery <= entry.latest:
+            self._overtaken[receipt] = _Overtaken(number, None, witness, is_stale=True)
+            return 1 if entry is None else entry.attempts + 1
         if entry.open is not None and entry.witness is not None and entry.witness.was_killed:
             self._resolve(entry, entry.open, KILLED)
         if entry.open is not None:
             self._overtaken[entry.open] = _Overtaken(number, entry.end, entry.witness)
         elif entry.why is not None:
             self._repeat(number, entry.end, entry.why)
+        if message.session_id is not None:
+            self._in_order(message.session_id, number, entry, message, together)
+        entry.latest = delivery
         entry.attempts += 1
         entry.open = receipt
         entry.redriven_before = entry.redriven
         entry.end = entry.why = None
         entry.witness = witness
-        if message.session_id is not None:
-            self._in_order(message.session_id, number, entry, message, together)
+        if entry.line is not None:
+            entry.line.running[receipt] = number, witness
         return entry.attempts
 
     def end(self, message: Seen, how: str) -> None:
@@ -193,6 +204,7 @@ class Ledger:
         entry = self._entries.get(int(message.message_id))
         if entry is not None and entry.open == message.receipt:
             entry.end = how
+            entry.has_returned |= how == RETURNED
         overtaken = self._overtaken.get(message.receipt)
         if overtaken is not None:
             overtaken.end = how
@@ -203,8 +215,13 @@ class Ledger:
         """A consumer has settled this, or failed to."""
         number, receipt = int(message.message_id), message.receipt
         entry = self._entries.get(number)
+        overtaken = self._overtaken.get(receipt)
         if error is not None:
+            if message.session_id is not None:
+                self._lines[message.session_id].broken = receipt.receiver_id
             self._resolve(entry, receipt, NOT_SETTLED)
+        elif overtaken is not None and overtaken.is_stale:
+            self.violate(f"message {number} is settled ({action.value}) by one whose lock somebody else had got before")
         elif action is Action.ABANDON:
             self._resolve(entry, receipt, None)
         elif entry is None:
@@ -291,16 +308,19 @@ class Ledger:
     def _in_order(self, session_id: str, number: int, entry: _Entry, message: Seen, together: bool) -> None:
         line = entry.line = self._lines[session_id]
         receiver_id, sequence = message.receipt.receiver_id, message.sequence_number
-        if entry.attempts == 1:
+        if not entry.attempts:
             if entry.place != line.expected:
                 self.violate(
                     f"session {session_id}: message {number} (place {entry.place}) is first handled when place "
                     f"{line.expected} is next"
                 )
             line.expected = max(line.expected, entry.place + 1)
-        elif line.expected > entry.place + 1 and not entry.redriven:
+        elif line.expected > entry.place + 1 and not entry.redriven and not entry.has_returned:
+            # (When a handler has returned, the next one may begin before it is known whether that could be settled.)
             self.violate(f"session {session_id}: message {number} comes back after its followers were handled")
         if line.holder == receiver_id:
+            if line.broken == receiver_id:
+                self.violate(f"session {session_id}: message {number} begins, though one before it was not settled")
             if line.running and not together:
                 self.violate(f"session {session_id}: message {number} begins beside another one of the same holder")
             if sequence is not None and sequence < line.last:
@@ -312,7 +332,6 @@ class Ledger:
             line.running.clear()
         line.holder = receiver_id
         line.last = -1 if sequence is None else sequence
-        line.running[message.receipt] = number, entry.witness
 
 
 class Witness(ConsumerObserver):

@@ -25,12 +25,15 @@ from queue_runtime import (
     Consumer,
     ConsumerConfig,
     Disposition,
+    ExponentialRetry,
+    FixedRetry,
     InMemoryConfig,
     NoRetry,
     QueueClient,
     QueueRuntimeError,
     Receipt,
     ReceivedMessage,
+    SessionLockLostError,
     client as client_module,
 )
 from queue_runtime.clock import Timer
@@ -90,18 +93,27 @@ class CutReceiver:
     def __init__(self, real: Any, line: Line) -> None:
         self._real = real
         self._line = line
+        self._is_detached = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
+    def _check(self) -> None:
+        self._line.check()
+        if self._is_detached:
+            raise SessionLockLostError(self._real.session_id)
+
     async def receive(self, max_count: int, timeout: float) -> list[ReceivedMessage]:
-        self._line.check()
+        self._check()
         messages: list[ReceivedMessage] = await self._real.receive(max_count, timeout)
-        self._line.check()
+        if self._line.is_cut and messages and hasattr(self._real, "session_id"):
+            self._is_detached = True  # no service would let the holder go on behind what it never got
+        self._check()
         return messages
 
     async def settle(self, disposition: Disposition, receipts: Sequence[Receipt]) -> list[Outcome]:
         line = self._line
+        self._check()
         luck = line.chance.random()
         if luck > 0.9999:
             raise ZeroDivisionError("a bug of the adapter")
@@ -121,6 +133,7 @@ class CutReceiver:
         return ends
 
     async def renew_session(self) -> float:
+        self._check()
         await self._line.pass_through()
         end: float = await self._real.renew_session()
         return end
@@ -223,10 +236,12 @@ class World:
         self._bounds = bounds
         self._worker_count = workers
         self._workers: list[Worker] = []
-        self._traffic = Traffic(seed, sessions=sessions, sizes=(16, 100, 1000), mix=Mix())
         self._ending: set[asyncio.Task[Any]] = set()
         self._line: Line | None = None
         self._max_renewal = chance.choice([0.0, self.lock * 2, 300.0])
+        # Without renewal nobody hears that a lock is lost, and what hangs would hang for ever.
+        mix = Mix() if self._max_renewal else Mix(hanging=0.0, stubborn=0.0)
+        self._traffic = Traffic(seed, sessions=sessions, sizes=(16, 100, 1000), mix=mix)
         self._name = f"world-{next(_numbers)}"
 
     def run(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,7 +405,7 @@ class World:
             max_sessions=pick(bounds.sessions),
             session_turn=pick(bounds.turn),
             drain_timeout=pick([0.0, 1.0, 30.0]),
-            max_attempts=pick([3, 50]),
+            retry=FixedRetry(attempts=pick([3, 50])),
             receive_timeout=pick([0.5, 20.0]),
         )
         consumer = Consumer(client, QUEUE, handlers.handle, config, observer=witness)
@@ -429,7 +444,7 @@ class World:
             name=self._name,
             settlement=self.chance.choice(["auto", "batched"]),
             settle_interval=0.001,
-            retry=NoRetry(),
+            retry=self.chance.choice([NoRetry(), ExponentialRetry()]),
             lock_duration=self.lock,
             session_lock_duration=self.lock,
             max_lock_renewal=self._max_renewal,
