@@ -7,7 +7,7 @@ import logging
 import signal
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from queue_runtime.client import QueueClient
 from queue_runtime.config import integer
@@ -20,6 +20,7 @@ from queue_runtime.message import QueueName
 from queue_runtime.runner import Runner
 from queue_runtime.scaling import Limits
 from queue_runtime.session_feed import SessionFeed
+from queue_runtime.vitals import Vitals
 
 logger = logging.getLogger("queue_runtime.consumer")
 
@@ -80,6 +81,8 @@ class Consumer:
         )
         self._prefetch_bytes = config.prefetch_bytes
         self._controller = self._make_controller(config)
+        stall_after = cast("float | None", config.stall_after)
+        self._vitals = Vitals(self._runner, intake, self._queue_feed, self._session_feed, handler, stall_after)
         self._started = False
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -128,6 +131,8 @@ class Consumer:
         self._started = True
         unhook = self._hook_signals() if handle_signals else None
         forget_listener = self._client.on_locks_lost(self._runner.locks_lost)
+        forget_reporter = self._client.add_reporter(self._vitals)
+        self._vitals.start()
         cancelled: asyncio.CancelledError | None = None
         working = asyncio.create_task(self._work())
         try:
@@ -139,6 +144,8 @@ class Consumer:
                     self.stop_now()
         finally:
             forget_listener()
+            forget_reporter()
+            self._vitals.stop()
             if unhook is not None:
                 unhook()
             self._runner.close()

@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 from queue_runtime._core.batch import AdaptiveBatchSizer
@@ -43,7 +44,7 @@ class QueueFeed:
         self._intake = intake
         self._runner = intake.runner
         self._share = share
-        self._timeout = config.receive_timeout
+        self._timeout = float(config.receive_timeout)  # type: ignore[arg-type]  # seconds since its creation
         self._sizer = AdaptiveBatchSizer(
             min(config.min_batch_size, capacity), min(config.max_batch_size, capacity), config.target_batch_duration
         )
@@ -80,6 +81,23 @@ class QueueFeed:
         while len(self._pollers) > count:
             self._pollers.pop().cancel()
 
+    @property
+    def ready(self) -> int:
+        """Messages that wait for a handler and for nothing else."""
+        if self._ready and self._runner.client.clock.monotonic() < self._ready[0][1].started + self._batch_wait:
+            return 0
+        return len(self._ready)
+
+    def first_ready(self, count: int) -> list[ReceivedMessage]:
+        """Return so many of those that wait, oldest first."""
+        return [message for message, _ in islice(self._ready, max(0, count))]
+
+    def fetch_anew(self) -> None:
+        """Give up the receives that are under way, and begin others."""
+        count = self._poller_count
+        self.set_pollers(0)
+        self.set_pollers(count)
+
     def call_workers(self) -> None:
         """Have what is ready handled, by as many as may."""
         while self._ready and self._workers < self._runner.permits.capacity:
@@ -96,7 +114,7 @@ class QueueFeed:
             # With messages still waiting, a larger batch later costs less than a small one now.
             at_least = min(wanted, max(1, runner.room.capacity // 2)) if self._ready else 1
             granted = await runner.room.take(wanted, share=self._share, at_least=at_least)
-            messages = await intake.fetch(granted, receive)
+            messages = await intake.fetch(granted, receive, timeout=self._timeout)
             if messages:
                 came = _Receive(len(messages), runner.client.clock.monotonic(), len(messages))
                 self._ready.extend((message, came) for message in messages)

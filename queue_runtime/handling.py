@@ -96,6 +96,10 @@ class ConsumerConfig:
         The length of one wait for messages.
     drain_timeout:
         How long running handlers may go on after ``stop``.
+    stall_after:
+        How long nothing may move where something should, such as handlers of which none ends, before that is logged
+        and a problem of the client's ``health``; set it above the longest that a handler may take. A fetch that is so
+        long overdue is begun anew. None looks at nothing.
     retry:
         What follows a failure: its ``attempts`` are deliveries, and the failure of the last one sends the message to
         the dead-letter queue; its pauses are delays of the redelivery, or, where the provider has none, waits before
@@ -131,6 +135,7 @@ class ConsumerConfig:
     session_idle: Seconds = 1.0
     receive_timeout: Seconds = 20.0
     drain_timeout: Seconds = 30.0
+    stall_after: Seconds | None = 300.0
     retry: RetryPolicy = FIVE_ATTEMPTS
     on_failure: FailurePolicy | None = None
     breaker: BreakerConfig | None = None
@@ -155,6 +160,8 @@ class ConsumerConfig:
             ("drain_timeout", 0.0),
         ):
             object.__setattr__(self, field, seconds(field, getattr(self, field), minimum=minimum))
+        if self.stall_after is not None:
+            object.__setattr__(self, "stall_after", seconds("stall_after", self.stall_after, minimum=0.001))
         if isinstance(self.middleware, str) or not all(isinstance(one, Middleware) for one in self.middleware):
             raise ConfigurationError("middleware", "must be a sequence of Middleware objects")
         object.__setattr__(self, "middleware", tuple(self.middleware))

@@ -32,6 +32,8 @@ class Intake:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
+        self.under_way: dict[object, float] = {}
+        """When the calls that are under way have to be back, by the monotonic clock."""
 
     async def allowed(self) -> int:
         """Wait while the breaker is open; return how many messages may be fetched: one while it probes."""
@@ -47,7 +49,12 @@ class Intake:
         return MAX_COUNT
 
     async def fetch(
-        self, granted: int, receive: Receive, *, once: tuple[type[QueueRuntimeError], ...] = ()
+        self,
+        granted: int,
+        receive: Receive,
+        *,
+        timeout: float | None = None,
+        once: tuple[type[QueueRuntimeError], ...] = (),
     ) -> list[ReceivedMessage]:
         """Receive into the room that was granted, and give back what was not needed of it; see ``persistently``."""
         runner = self.runner
@@ -57,7 +64,7 @@ class Intake:
             count, reserved = await runner.bytes.reserve(granted)
             call = partial(receive, count)
             hooked = call if runner.chain.receive is None else partial(self._hooked, call)
-            messages = await self.persistently(hooked, once=once)
+            messages = await self.persistently(hooked, timeout=timeout, once=once)
         finally:
             runner.room.give(granted - len(messages))
             runner.bytes.arrived(reserved, [message.size for message in messages])
@@ -66,18 +73,30 @@ class Intake:
         return messages
 
     async def persistently(
-        self, call: Callable[[], Awaitable[T]], *, once: tuple[type[QueueRuntimeError], ...] = ()
+        self,
+        call: Callable[[], Awaitable[T]],
+        *,
+        timeout: float | None = None,
+        once: tuple[type[QueueRuntimeError], ...] = (),
     ) -> T:
-        """Call, again after a pause while the error is a passing one, but for those of ``once``."""
+        """Call, again after a pause while the error is a passing one, but for those of ``once``.
+
+        With a ``timeout`` in seconds, a call that does not come back long after it is a stall.
+        """
         pause = FIRST_PAUSE
         while True:
+            token = object()
             try:
+                if timeout is not None:
+                    self.under_way[token] = self.runner.client.clock.monotonic() + timeout
                 return await call()
             except QueueRuntimeError as error:
                 if not error.is_transient or isinstance(error, once):
                     raise
                 wait = max(pause, error.retry_after or 0.0)
                 logger.warning("cannot fetch, queue=%s, again in %.1f s: %s", self.runner.queue_name, wait, error)
+            finally:
+                self.under_way.pop(token, None)
             await sleep(self.runner.client.clock, wait)
             pause = min(pause * 2, LONGEST_PAUSE)
 

@@ -46,16 +46,16 @@ class _Run(Protocol):
 class _BatchRun:
     """A batch in its handler: lost message by message, and cancelled with the last of them."""
 
-    __slots__ = ("_left", "_task")
+    __slots__ = ("_left", "task")
 
     def __init__(self, task: asyncio.Task[Any], count: int) -> None:
-        self._task = task
+        self.task = task
         self._left = count
 
     def cancel(self) -> None:
         self._left -= 1
         if self._left == 0:
-            self._task.cancel()
+            self.task.cancel()
 
 
 class _Stopped(Exception):
@@ -174,6 +174,11 @@ class Runner:
         """Have no handler begin with this one, which waits for its turn: one before it comes back."""
         if message.receipt in self._held and self._held[message.receipt] is None:
             self._lost.add(message.receipt)
+
+    def runs(self) -> list[asyncio.Task[Any]]:
+        """The tasks whose handlers run, those of the oldest messages first."""
+        runs = (run.task if isinstance(run, _BatchRun) else run for run in self._held.values())
+        return list(dict.fromkeys(run for run in runs if isinstance(run, asyncio.Task)))
 
     # Handling.
 

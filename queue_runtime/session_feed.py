@@ -49,12 +49,18 @@ class SessionFeed:
         """Sessions whose last message failed: they are fetched one by one, or each failure would use up a delivery
         of the followers."""
         self.fetching: set[asyncio.Task[Any]] = set()
-        self._timeout = config.receive_timeout
+        self._timeout = float(config.receive_timeout)  # type: ignore[arg-type]  # seconds since its creation
         self._acceptors: list[asyncio.Task[None]] = []
         self._idlers: OrderedDict[asyncio.Future[Any], None] = OrderedDict()
 
     def start(self) -> None:
         self._acceptors = [self.runner.spawn(self._accept()) for _ in range(min(ACCEPTORS, self.places.capacity))]
+
+    def accept_anew(self) -> None:
+        """Give up what waits for sessions, and begin to wait again."""
+        for acceptor in self._acceptors:
+            acceptor.cancel()
+        self.start()
 
     async def stop(self) -> None:
         await cancelled([*self._acceptors, *self.fetching])
@@ -107,7 +113,7 @@ class SessionFeed:
             session: Session | None = None
             try:
                 await self._room_for_a_batch()
-                session = await intake.persistently(accept)
+                session = await intake.persistently(accept, timeout=self._timeout)
             finally:
                 if session is None:
                     self.places.give(1)

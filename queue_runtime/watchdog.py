@@ -20,7 +20,7 @@ import sys
 import threading
 from pathlib import Path
 from time import monotonic
-from types import FrameType
+from types import CodeType, FrameType
 from typing import NamedTuple, Protocol
 
 logger = logging.getLogger("queue_runtime.watchdog")
@@ -166,6 +166,11 @@ def place_of(thread_id: int) -> Place | None:
     if len(inner) > DEEPEST:
         inner[DEEPEST - 2 : -1] = ["…"]
     return Place(inner[0], " → ".join(inner))
+
+
+def is_ours(code: CodeType) -> bool:
+    """Whether this is code of the library."""
+    return code.co_filename.startswith(PACKAGE)
 
 
 def _is_of(frame: FrameType, where: str | tuple[str, ...]) -> bool:

@@ -153,7 +153,7 @@ async def test_the_end_leaves_nothing_behind() -> None:
 
 async def test_an_idle_consumer_is_looked_at_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """[P11]"""
-    async with Running(lambda running: 0.2, config(receive_timeout=1000)) as running:
+    async with Running(lambda running: 0.2, config(receive_timeout=1000, stall_after=None)) as running:
         await running.clock.advance(100)
         calls = []
         call_later = running.clock.call_later

@@ -39,6 +39,7 @@ FLOORS = [
     {"intake"},
     {"feeds"},
     {"session_feed"},
+    {"vitals"},
     {"consumer"},
     {"processors"},
     {""},
