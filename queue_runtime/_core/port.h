@@ -2,6 +2,11 @@
 #ifndef QR_PORT_H
 #define QR_PORT_H
 
+/* For pwrite and off_t under -std=c11; Python's own headers define it too, where they come first. */
+#if !defined(_WIN32) && !defined(_POSIX_C_SOURCE)
+#define _POSIX_C_SOURCE 200809L
+#endif
+
 #include <errno.h>
 #include <stdalign.h>
 #include <stddef.h>
