@@ -175,6 +175,21 @@ def test_processes(benchmark: Any, row: str) -> None:
                 worker.communicate(timeout=30)
 
 
+@pytest.mark.parametrize("row", ["1 process, no queue", "2 processes, no queue"])
+def test_processes_alone(benchmark: Any, row: str) -> None:
+    """What the machine itself gives to two processes: on a busy one, less than twice as much."""
+    processes = int(row.split()[0])
+    benchmark.group = "P3: processes whose handlers compute 2 ms, through a broker, per message"
+    benchmark.extra_info["items"] = BURNT
+    code = f"from bench.burner import work\nfor _ in range({BURNT // processes}): work()"
+
+    def run() -> None:
+        running = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(processes)]
+        assert [process.wait() for process in running] == [0] * processes
+
+    benchmark.pedantic(run, rounds=3)
+
+
 async def burn_all(config: Any) -> None:
     async with QueueClient(config) as client:
         await client.send_messages("q", [Message(body=b"x") for _ in range(BURNT)])
