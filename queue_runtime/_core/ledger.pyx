@@ -510,6 +510,8 @@ cdef class Ledger:
         cdef Entry *entry
         cdef int64_t place
         self.advance(now, wall)
+        if self.journal is not None:
+            self.journal.flush()  # the numbers of dead letters that are shown here stay theirs
         place = index_seek(index, number_of(from_number, "from_sequence_number"))
         while place < index.tail and PyList_GET_SIZE(peeked) < max_count:
             entry = index.items[place & index.mask].entry

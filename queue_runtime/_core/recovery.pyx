@@ -312,15 +312,19 @@ cdef class Recovery:
         cdef int64_t place
         cdef int dead
         cdef list doomed = []
+        cdef dict lanes = {}  # in the order of their first messages: so they will be taken
         for dead in range(2):
             index = &ledger.indexes[dead]
             for place in range(index.head, index.tail):
                 entry = index.items[place & index.mask].entry
-                if entry != NULL and self.place_entry(ledger, entry):
-                    doomed.append(entry.number)
+                if entry != NULL:
+                    if self.place_entry(ledger, entry):
+                        doomed.append(entry.number)
+                    if (<Lane>entry.lane).ordered:
+                        lanes[(<Lane>entry.lane).session_id] = <Lane>entry.lane
         for number in doomed:
             ledger.bury_spent(index_find(&ledger.indexes[0], number))
-        for lane in list(ledger.sessions.values()):
+        for lane in [*lanes.values(), *ledger.sessions.values()]:
             ledger.tend(<Lane>lane)
         return 0
 
