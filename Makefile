@@ -2,6 +2,7 @@
 #   make run     the example: a handler over a queue of webhook events
 #   make test    every test          make bench   the figures, with rivals
 #   make chaos   a million messages through consumers that are killed, clocks that jump, networks that fail
+#   make soak    a minute of real load, watched and plotted (make soak MINUTES=60)
 #   make lint    style and types     make wheel   sdist and wheel in dist/
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ REQUIREMENTS = $(PY) -c 'import sys, tomllib; \
     print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1)
 CORE := $(wildcard queue_runtime/_core/*.pyx queue_runtime/_core/*.pxd queue_runtime/_core/*.h)
 
-.PHONY: run test bench chaos lint wheel clean
+.PHONY: run test bench chaos soak lint wheel clean
 
 run: $(VENV)/built
 	cd examples && ../$(PY) -m queue_runtime run webhooks:handle --provider memory:// --queue webhooks \
@@ -33,6 +34,11 @@ SESSIONS ?= 10000
 chaos: $(VENV)/built $(VENV)/tools
 	CHAOS_SEED=$(SEED) CHAOS_MESSAGES=$(MESSAGES) CHAOS_SESSIONS=$(SESSIONS) \
 	    $(PY) -m pytest tests/test_chaos.py -k many_messages -s -o timeout=3600
+
+MINUTES ?= 1
+
+soak: $(VENV)/built $(VENV)/tools
+	$(PY) -m bench.soak --minutes $(MINUTES)
 
 lint: $(VENV)/built $(VENV)/tools
 	$(PY) -m ruff check .

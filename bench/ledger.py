@@ -24,8 +24,9 @@ MOST_TOLD = 20
 
 RETURNED, FAILED, CANCELLED = "returned", "failed", "cancelled"
 """How a handler ended."""
-LOCK_LOST, NOT_SETTLED, KILLED = "lock lost", "not settled", "killed"
-"""Why a message is delivered again although its handler did not fail; FAILED and CANCELLED are the other reasons."""
+LOCK_LOST, NOT_SETTLED, KILLED, HELD = "lock lost", "not settled", "killed", "held while the breaker was open"
+"""Why a message is delivered again although its handler did not fail (HELD: is handled
+again, although it is not delivered again); FAILED and CANCELLED are the other reasons."""
 
 
 class Seen(Protocol):
@@ -100,12 +101,14 @@ class _Overtaken:
 class _Line:
     """A session."""
 
-    __slots__ = ("broken", "expected", "holder", "last", "running", "sent")
+    __slots__ = ("broken", "expected", "front", "holder", "last", "running", "sent")
 
     def __init__(self) -> None:
         self.sent = 0
         self.expected = 0
         """The place of the message whose first handling is next."""
+        self.front = 0
+        """The last place at which a handler, or a batch, has begun."""
         self.holder: Any = None
         self.broken: Any = None
         """The holder that was told that a message could not be settled: it may handle nothing more."""
@@ -178,6 +181,10 @@ class Ledger:
         number, receipt = int(message.message_id), message.receipt
         entry = self._entries.get(number)
         delivery = (message.sequence_number or 0, message.delivery_count)
+        if entry is not None and entry.open == receipt and entry.end is not None:
+            self.repeated[HELD] += 1
+            entry.end = None
+            return entry.attempts
         if entry is None or entry.is_dead or entry.is_gone or delivery <= entry.latest:
             self._overtaken[receipt] = _Overtaken(number, None, witness, is_stale=True)
             return 1 if entry is None else entry.attempts + 1
@@ -315,7 +322,7 @@ class Ledger:
                     f"{line.expected} is next"
                 )
             line.expected = max(line.expected, entry.place + 1)
-        elif line.expected > entry.place + 1 and not entry.redriven and not entry.has_returned:
+        elif entry.place < line.front and not entry.redriven and not entry.has_returned:
             # (When a handler has returned, the next one may begin before it is known whether that could be settled.)
             self.violate(f"session {session_id}: message {number} comes back after its followers were handled")
         if line.holder == receiver_id:
@@ -331,7 +338,9 @@ class Ledger:
                     self._overtaken.setdefault(other, _Overtaken(busy, None, witness))
             line.running.clear()
         line.holder = receiver_id
-        line.last = -1 if sequence is None else sequence
+        if not together:  # a batch that fails comes back from its first message on
+            line.last = -1 if sequence is None else sequence
+            line.front = max(line.front, entry.place)
 
 
 class Witness(ConsumerObserver):
