@@ -92,6 +92,10 @@ class ConsumerConfig:
         Messages of one session fetched ahead; fewer where ``prefetch`` is short of that for each handler.
     session_idle:
         How long a session without messages is kept, unless others wait, so that the next ones find it here.
+    session_settlement:
+        ``each``: a message of a session is handled when the completion of the one before is confirmed, so that none
+        ever comes back after a later one was handled. ``together``: while completions are under way, in batches, the
+        next ones are handled, which is faster over a network; if one of them fails, its message comes back late.
     receive_timeout:
         The length of one wait for messages.
     drain_timeout:
@@ -133,6 +137,7 @@ class ConsumerConfig:
     session_turn: int = 100
     session_batch: int = 10
     session_idle: Seconds = 1.0
+    session_settlement: Literal["each", "together"] = "each"
     receive_timeout: Seconds = 20.0
     drain_timeout: Seconds = 30.0
     stall_after: Seconds | None = 300.0
@@ -151,6 +156,7 @@ class ConsumerConfig:
         integer("max_batch_size", self.max_batch_size, minimum=self.min_batch_size, maximum=10_000)
         choice("source", self.source, ("all", "queue", "sessions"))
         choice("handler_form", self.handler_form, ("one", "batch"))
+        choice("session_settlement", self.session_settlement, ("each", "together"))
         choice("executor", self.executor, ("auto", "thread", "process"))
         for field, minimum in (
             ("target_batch_duration", 0.001),

@@ -10,7 +10,7 @@ from typing import TypeVar
 from queue_runtime.arguments import MAX_COUNT
 from queue_runtime.breaker import BreakerState
 from queue_runtime.clock import sleep
-from queue_runtime.errors import QueueRuntimeError
+from queue_runtime.errors import ConnectionFailedError, QueueRuntimeError, QueueTimeoutError
 from queue_runtime.message import Receipt, ReceivedMessage
 from queue_runtime.runner import Runner
 
@@ -22,6 +22,10 @@ Receive = Callable[[int], Awaitable[list[ReceivedMessage]]]
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 """Seconds between attempts to fetch after passing errors: doubled from the first to the longest."""
+
+NO_ANSWER = (ConnectionFailedError, QueueTimeoutError)
+"""After these, messages may be locked for a receive that they never reached. Whoever received on from a session would
+pass them over: the session is let go, and with it they are free again, in their order."""
 
 
 class Intake:
@@ -49,14 +53,12 @@ class Intake:
         return MAX_COUNT
 
     async def fetch(
-        self,
-        granted: int,
-        receive: Receive,
-        *,
-        timeout: float | None = None,
-        once: tuple[type[QueueRuntimeError], ...] = (),
+        self, granted: int, receive: Receive, *, timeout: float, of_session: bool = False
     ) -> list[ReceivedMessage]:
-        """Receive into the room that was granted, and give back what was not needed of it; see ``persistently``."""
+        """Receive into the room that was granted, and give back what was not needed of it.
+
+        The room of a session is its own as long as it is held; and it is let go after a receive without an answer.
+        """
         runner = self.runner
         messages: list[ReceivedMessage] = []
         reserved = 0.0
@@ -64,9 +66,10 @@ class Intake:
             count, reserved = await runner.bytes.reserve(granted)
             call = partial(receive, count)
             hooked = call if runner.chain.receive is None else partial(self._hooked, call)
-            messages = await self.persistently(hooked, timeout=timeout, once=once)
+            messages = await self.persistently(hooked, timeout=timeout, once=NO_ANSWER if of_session else ())
         finally:
-            runner.room.give(granted - len(messages))
+            if not of_session:
+                runner.room.give(granted - len(messages))
             runner.bytes.arrived(reserved, [message.size for message in messages])
         if messages:
             runner.hold(messages)
@@ -76,19 +79,18 @@ class Intake:
         self,
         call: Callable[[], Awaitable[T]],
         *,
-        timeout: float | None = None,
+        timeout: float,
         once: tuple[type[QueueRuntimeError], ...] = (),
     ) -> T:
         """Call, again after a pause while the error is a passing one, but for those of ``once``.
 
-        With a ``timeout`` in seconds, a call that does not come back long after it is a stall.
+        A call that does not come back long after its ``timeout``, in seconds, is a stall.
         """
         pause = FIRST_PAUSE
         while True:
             token = object()
             try:
-                if timeout is not None:
-                    self.under_way[token] = self.runner.client.clock.monotonic() + timeout
+                self.under_way[token] = self.runner.client.clock.monotonic() + timeout
                 return await call()
             except QueueRuntimeError as error:
                 if not error.is_transient or isinstance(error, once):

@@ -48,7 +48,14 @@ class HighThroughputProcessor(Processor):
     """Many messages at once: large receives, up to 64 handlers side by side, settled in batches."""
 
     preset = MappingProxyType(
-        {"max_concurrency": 64, "prefetch": 2000, "pollers": 2, "max_batch_size": 500, "session_batch": 30}
+        {
+            "max_concurrency": 64,
+            "prefetch": 2000,
+            "pollers": 2,
+            "min_batch_size": 50,
+            "max_batch_size": 500,
+            "session_batch": 30,
+        }
     )
 
 

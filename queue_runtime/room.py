@@ -29,12 +29,13 @@ class Room:
     Thread-safety: for one event loop's thread only.
     """
 
-    __slots__ = ("_closed", "_free", "_takers", "capacity")
+    __slots__ = ("_closed", "_free", "_takers", "_watchers", "capacity")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._free = capacity
         self._takers: deque[_Taker] = deque()
+        self._watchers: deque[asyncio.Future[None]] = deque()
         self._closed = False
 
     @property
@@ -44,8 +45,8 @@ class Room:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether somebody waits for a place."""
-        return bool(self._takers)
+        """Whether somebody waits for places."""
+        return bool(self._takers or self._watchers)
 
     @property
     def taken(self) -> int:
@@ -85,10 +86,22 @@ class Room:
 
     def take_one(self) -> bool:
         """Take one place if that needs no waiting."""
-        if self._takers or self._free <= 0 or self._closed:
-            return False
-        self._free -= 1
-        return True
+        return self.take_now(1) == 1
+
+    def take_now(self, wanted: int) -> int:
+        """Take as many of ``wanted`` places as are free, possibly none: who waits now waits for more than that."""
+        if self._free <= 0 or self._closed:
+            return 0
+        granted = min(wanted, self._free)
+        self._free -= granted
+        return granted
+
+    async def until_free(self, count: int) -> None:
+        """Wait until so many places are free, or all there are; take none."""
+        while self._free < min(count, self.capacity):
+            watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._watchers.append(watcher)
+            await watcher
 
     def close(self) -> None:
         """Let nobody take anything any more."""
@@ -101,7 +114,7 @@ class Room:
     def give(self, count: int) -> None:
         """Give back ``count`` places."""
         self._free += count
-        if self._takers:
+        if self._takers or self._watchers:
             self._serve()
 
     def resize(self, capacity: int) -> None:
@@ -133,6 +146,10 @@ class Room:
             else:
                 taker.future.set_result(self._grant(taker.wanted, taker.share))
         self._takers.extendleft(reversed(waiting))
+        while self._watchers and self._free > 0:
+            watcher = self._watchers.popleft()
+            if not watcher.done():
+                watcher.set_result(None)
 
 
 class ByteBound:

@@ -111,6 +111,8 @@ class Runner:
         self.breaker_moved = asyncio.Event()
         """Set when the breaker has another state, or nothing is held any more."""
         self.chain = Chain(config.middleware)
+        self.prepaid: set[int] = set()
+        """Receivers whose messages take no room of their own: it was taken for all that the session may hold."""
         self.settling: set[asyncio.Future[Any]] = set()
         """Settlements under way that nobody waits for."""
         self.is_beginning = True
@@ -166,7 +168,11 @@ class Runner:
             self._lost.discard(message.receipt)
             size += message.size
         self.bytes.give(size)
-        self.room.give(len(messages))
+        count = len(messages)
+        if self.prepaid:
+            count -= sum(message.receipt.receiver_id in self.prepaid for message in messages)
+        if count:
+            self.room.give(count)
         if not self._held:
             self.breaker_moved.set()
 
@@ -245,14 +251,12 @@ class Runner:
     async def _admitted(self) -> bool:
         """Wait for the breaker and for a permit; say whether a handler may begin."""
         breaker = self.breaker
-        while breaker is not None and not breaker.may_try():
-            if not self.is_beginning:
-                return False
+        while self.is_beginning and (self.permits.take_one() or await self.permits.take(1)):
+            # Asked last: the breaker may have opened while this waited for its permit.
+            if breaker is None or breaker.may_try():
+                return True
+            self.permits.give(1)
             await self._unless_draining(breaker.wait_until_allowed())
-        if self.is_beginning and (self.permits.take_one() or await self.permits.take(1)):
-            return True
-        if breaker is not None:
-            breaker.abstained()
         return False
 
     def _withdraw(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any, cast
 from queue_runtime.errors import QueueRuntimeError, SessionLockLostError
 from queue_runtime.feeds import cancelled
 from queue_runtime.handling import ConsumerConfig
-from queue_runtime.intake import Intake, Receive
+from queue_runtime.intake import NO_ANSWER, Intake
 from queue_runtime.message import ReceivedMessage
 from queue_runtime.providers.base import COMPLETE, Action, Disposition, Outcome
 from queue_runtime.room import Room
@@ -44,23 +44,19 @@ class SessionFeed:
         self.turn = config.session_turn
         self.idle = float(config.session_idle)  # type: ignore[arg-type]  # seconds since its creation
         self.batch = config.session_batch
+        self.settles_together = config.session_settlement == "together" and not intake.runner.client.settles_at_once
         self.places = Room(config.max_sessions)
         self.failing: OrderedDict[str, None] = OrderedDict()
         """Sessions whose last message failed: they are fetched one by one, or each failure would use up a delivery
         of the followers."""
         self.fetching: set[asyncio.Task[Any]] = set()
         self._timeout = float(config.receive_timeout)  # type: ignore[arg-type]  # seconds since its creation
+        self._accepting = 0
         self._acceptors: list[asyncio.Task[None]] = []
         self._idlers: OrderedDict[asyncio.Future[Any], None] = OrderedDict()
 
     def start(self) -> None:
         self._acceptors = [self.runner.spawn(self._accept()) for _ in range(min(ACCEPTORS, self.places.capacity))]
-
-    def accept_anew(self) -> None:
-        """Give up what waits for sessions, and begin to wait again."""
-        for acceptor in self._acceptors:
-            acceptor.cancel()
-        self.start()
 
     async def stop(self) -> None:
         await cancelled([*self._acceptors, *self.fetching])
@@ -71,27 +67,28 @@ class SessionFeed:
         return self.places.is_wanted or self.runner.room.is_wanted
 
     def batch_size(self) -> int:
-        """Messages to fetch ahead, so that the room is enough for as many sessions as there are handlers."""
-        return max(1, min(self.batch, self.runner.room.capacity // self.runner.permits.capacity))
+        """Messages that a session may hold: the room is to be enough for twice as many sessions as handlers, so that
+        another one is there when a handler is free."""
+        runner = self.runner
+        return max(1, min(self.batch, int(runner.room.capacity * self.share) // (2 * runner.permits.capacity)))
 
     async def wait_idly(self, session: Session, timeout: float) -> list[ReceivedMessage]:
         """Wait for a message of a session that has none now, until the time is over or its place is wanted."""
-        if not timeout or self.is_wanted or not self.runner.room.take_one():
+        if not timeout or self.is_wanted:
             return []
-        fetch = _IdleFetch(self.intake, partial(session.receive_messages, timeout=timeout))
-        waiting = asyncio.ensure_future(fetch.run())
+        receive = partial(session.receive_messages, timeout=timeout)
+        waiting = asyncio.ensure_future(self.intake.fetch(1, receive, timeout=timeout, of_session=True))
         self._idlers[waiting] = None
         try:
             await asyncio.wait([waiting])
         except asyncio.CancelledError:  # nobody will handle what came all the same; closing the session releases it
             waiting.cancel()
             await asyncio.wait([waiting])
-            self.runner.let_go(fetch.messages)
+            if not waiting.cancelled() and waiting.exception() is None:
+                self.runner.let_go(waiting.result())
             raise
         finally:
             self._idlers.pop(waiting, None)
-            if not fetch.has_begun:  # so it could not give back its room
-                self.runner.room.give(1)
         return [] if waiting.cancelled() else waiting.result()
 
     def remember(self, session_id: str, *, is_failing: bool) -> None:
@@ -113,23 +110,27 @@ class SessionFeed:
             session: Session | None = None
             try:
                 await self._room_for_a_batch()
-                session = await intake.persistently(accept, timeout=self._timeout)
+                self._accepting += 1
+                try:
+                    session = await intake.persistently(accept, timeout=self._timeout)
+                finally:
+                    self._accepting -= 1
             finally:
                 if session is None:
                     self.places.give(1)
             if session is not None:
-                runner.spawn(_Holding(self, session).run())
+                room = runner.room.take_now(self.batch_size())
+                runner.spawn(_Holding(self, session, room).run())
 
     async def _room_for_a_batch(self) -> None:
         """Take no session that would wait for room while others could serve it."""
         room = self.runner.room
-        # Not more than is free when nothing is held: receives under way take room as well.
-        wanted = max(1, min(self.batch_size(), room.capacity // 4))
-        while room.free < wanted and self._idlers:
-            self._end_idling()
-            await asyncio.sleep(0)
-        if room.free < wanted:
-            room.give(await room.take(1, at_least=wanted))
+        while room.free < (wanted := min(self.batch_size() * (self._accepting + 1), room.capacity)):
+            if self._idlers:
+                self._end_idling()
+                await asyncio.sleep(0)
+            else:
+                await room.until_free(wanted)
 
     def _end_idling(self) -> None:
         """Let the session go that has been idle for longest."""
@@ -138,29 +139,15 @@ class SessionFeed:
             waiting.cancel()
 
 
-class _IdleFetch:
-    """The fetch of one message into the room that was taken for it, of which it can be told what became of it."""
-
-    def __init__(self, intake: Intake, receive: Receive) -> None:
-        self._intake = intake
-        self._receive = receive
-        self.has_begun = False
-        """A task that is cancelled before its first step runs nothing, not even its clean-up."""
-        self.messages: list[ReceivedMessage] = []
-
-    async def run(self) -> list[ReceivedMessage]:
-        self.has_begun = True
-        self.messages = await self._intake.fetch(1, self._receive)
-        return self.messages
-
-
 class _Holding:
     """One session while it is held."""
 
-    def __init__(self, feed: SessionFeed, session: Session) -> None:
+    def __init__(self, feed: SessionFeed, session: Session, room: int) -> None:
         self._feed = feed
         self._runner = feed.runner
         self._session = session
+        self._room = room
+        """The messages that it may hold; taken before they are received, and given back at the end."""
         self._buffer: deque[ReceivedMessage] = deque()
         self._next: ReceivedMessage | None = None
         """In a handler, or waiting for one."""
@@ -176,22 +163,29 @@ class _Holding:
         counters.sessions += 1
         counters.sessions_open += 1
         runner.tell(runner.observer.session_opened, session.session_id)
+        runner.prepaid.add(session.receiver_id)
         try:
             await self._serve()
-        except SessionLockLostError:
-            logger.warning("session lost, queue=%s session_id=%s", runner.queue_name, session.session_id)
+        except (SessionLockLostError, *NO_ANSWER) as error:
+            logger.warning("session let go, queue=%s session_id=%s: %s", runner.queue_name, session.session_id, error)
         finally:
             try:
                 with contextlib.suppress(QueueRuntimeError):
                     await session.close()
+                await self._all_settled()
             finally:
                 runner.let_go(self._buffer)  # closing the session released them
+                runner.prepaid.discard(session.receiver_id)
+                runner.room.give(self._room)
                 counters.sessions_open -= 1
                 self._feed.places.give(1)
                 runner.tell(runner.observer.session_closed, session.session_id)
 
     async def _serve(self) -> None:
         feed, runner, buffer = self._feed, self._runner, self._buffer
+        if not self._room:  # others were quicker
+            with self._cancellable():
+                self._room = await runner.room.take(feed.batch_size(), at_least=feed.batch_size())
         left = feed.turn
         while runner.is_beginning and not self._is_broken:
             if not buffer:
@@ -211,14 +205,14 @@ class _Holding:
                 return
 
     def _batch_size(self) -> int:
-        return 1 if self._session.session_id in self._feed.failing else self._feed.batch_size()
+        return 1 if self._session.session_id in self._feed.failing else max(1, self._room - self._settling)
 
     async def _handle_one(self) -> bool:
         """Handle the next message; say whether the session can go on."""
         runner = self._runner
         message = self._next = self._buffer.popleft()
         disposition = await runner.handle(message, self._session)
-        if disposition is COMPLETE and not runner.client.settles_at_once:
+        if disposition is COMPLETE and self._feed.settles_together:
             # The next one begins meanwhile: this one was handled before it, even if it comes back for another time.
             self._settling += 1
             runner.settle_later(message, disposition, self._one_settled)
@@ -264,10 +258,11 @@ class _Holding:
         return True
 
     async def _fetch(self, wanted: int, timeout: float = 0.0) -> list[ReceivedMessage]:
-        intake, runner = self._feed.intake, self._runner
+        intake = self._feed.intake
+        receive = partial(self._session.receive_messages, timeout=timeout)
         with self._cancellable():
-            granted = await runner.room.take(min(wanted, await intake.allowed()), share=self._feed.share)
-            return await intake.fetch(granted, partial(self._session.receive_messages, timeout=timeout))
+            count = min(wanted, await intake.allowed())
+            return await intake.fetch(count, receive, timeout=timeout, of_session=True)
 
     async def _wait_idly(self, timeout: float) -> list[ReceivedMessage]:
         with self._cancellable():
