@@ -58,6 +58,12 @@ class SessionFeed:
     def start(self) -> None:
         self._acceptors = [self.runner.spawn(self._accept()) for _ in range(min(ACCEPTORS, self.places.capacity))]
 
+    def accept_anew(self) -> None:
+        """Give up what waits for sessions, and begin to wait again."""
+        for acceptor in self._acceptors:
+            acceptor.cancel()
+        self.start()
+
     async def stop(self) -> None:
         await cancelled([*self._acceptors, *self.fetching])
 

@@ -117,7 +117,7 @@ async def test_sessions_in_order_whatever_fails(client: QueueClient, seed: int) 
         if session is not None:
             assert numbers == sorted(numbers), session
     assert consumer.stats.failed > 0
-    assert consumer.stats.sessions >= 250, "a turn of 5 of 8 messages takes each session twice while others wait"
+    assert consumer.stats.sessions >= 200, "a turn of 5 of 8 messages takes each session twice while others wait"
 
 
 async def test_a_slow_session_stalls_only_itself(client: QueueClient) -> None:
