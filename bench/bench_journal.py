@@ -110,7 +110,7 @@ def test_journal(benchmark: Any, tmp_path: Path, row: str) -> None:
     else:
         place = Ours(tmp_path if side == "ours" else None, sync=sync)
     if side == "ours":
-        benchmark.extra_info["goal"] = ">= 1.5 x SQLite" if sync else ">= 2 x SQLite"
+        benchmark.extra_info["goal"] = ">= 1 x SQLite" if sync else ">= 2 x SQLite"
     benchmark.pedantic(lambda: place.run(job(place, rounds)), rounds=10 if sync else 50, warmup_rounds=2)
     place.close()
 

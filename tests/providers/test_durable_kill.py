@@ -91,7 +91,7 @@ class Account:
         self.buried: set[str] = set()
         self.delivered: dict[str, int] = {}
         self.numbers: dict[tuple[str, str], int] = {}
-        self.highest = 0
+        self.owners: dict[tuple[str, int], str] = {}
 
     def hear(self, line: list[str]) -> None:
         match line:
@@ -125,23 +125,24 @@ class Account:
                 assert found[name][6] in ("chosen", "MaxDeliveryCountExceeded"), found[name]
             else:
                 assert "complete" in self.tried[name]
-        highest = self.highest
         sessions: dict[str, list[str]] = {}
         for _, place, name, number, count, session, _ in lines:
             assert int(count) >= self.delivered.get(name, 0), f"{name}: a delivery was forgotten"
-            before = self.numbers.setdefault((place, name), int(number))
-            assert before == int(number), f"{name} has another number than before"
+            assert self.owners.setdefault((place, int(number)), name) == name, "a number was given twice"
+            assert self.numbers.setdefault((place, name), int(number)) == int(number), f"{name} has another number"
             if place == "main":
                 sessions.setdefault(session, []).append(name)
-                highest = max(highest, int(number))
-        self.highest = highest
-        numbers = list(self.numbers.items())
-        assert len({(place, number) for (place, _), number in numbers}) == len(numbers), "a number was given twice"
         for session, names in self.order.items():
             left = sessions.get(session, [])
             there, acknowledged = set(left), set(names)
             if session != "None":
                 assert [name for name in left if name in acknowledged] == [name for name in names if name in there]
+            self.order[session] = [name for name in names if name in there]
+        for name in [name for name in self.sent if name not in found]:  # gone, as was tried or acknowledged
+            self.completed.add(name)
+            del self.sent[name]
+            self.tried.pop(name, None)
+            self.buried.discard(name)
 
 
 @pytest.mark.timeout(600)
