@@ -171,6 +171,31 @@ async def test_the_broker_killed_in_the_middle(durable_broker: RunningBroker) ->
     print(f"{record.repeated} handled again")
 
 
+async def test_a_broker_that_stands_still(mortal_broker: RunningBroker) -> None:
+    """[C37, C38] For longer than the locks last, with connections that look well all the while."""
+    config = mortal_broker.config(
+        max_delivery_count=1000,
+        lock_duration=0.4,
+        session_lock_duration=0.4,
+        request_timeout=0.3,
+        settle_interval=0.001,
+        max_concurrency=8,
+    )
+    record = Record()
+    async with QueueClient(config) as client:
+        await send(client, 10, 100)
+        async with consuming(client, record, max_sessions=5, receive_timeout=0.5):
+            for _ in range(2):
+                await asyncio.sleep(0.1)
+                os.kill(mortal_broker.pid, signal.SIGSTOP)
+                await asyncio.sleep(0.8)
+                os.kill(mortal_broker.pid, signal.SIGCONT)
+            await all_handled(record, 1000)
+            await empty(config)
+    record.check(10, 100)
+    print(f"{record.repeated} handled again")
+
+
 async def test_a_receive_whose_answer_was_lost(broker: RunningBroker) -> None:
     """[C24] What it took is locked at the service, while the session is held still: nothing may pass it over."""
     config = broker.config(linger=30.0, request_timeout=0.2, settle_interval=0.001)
