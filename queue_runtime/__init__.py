@@ -114,6 +114,7 @@ _HOME = {
     "SystemClock": "clock",
     "ThrottledError": "errors",
     "ValidationError": "errors",
+    "config_from_url": "config",
     "decode_envelope": "_core.envelope",
     "encode_envelope": "_core.envelope",
     "encode_envelope_into": "_core.envelope",

@@ -39,6 +39,7 @@ from queue_runtime.clock import (
 from queue_runtime.config import (
     InMemoryConfig as InMemoryConfig,
     ProviderConfig as ProviderConfig,
+    config_from_url as config_from_url,
 )
 from queue_runtime.consumer import (
     Consumer as Consumer,
@@ -263,6 +264,7 @@ __all__ = [
     "SystemClock",
     "ThrottledError",
     "ValidationError",
+    "config_from_url",
     "decode_envelope",
     "encode_envelope",
     "encode_envelope_into",
