@@ -96,7 +96,7 @@ _HOME = {
     "RetryPolicy": "retry",
     "RuntimeConfiguration": "runtime",
     "SQLiteIdempotencyStore": "idempotency_sqlite",
-    "Scaler": "scaling",
+    "Scaler": "scaler",
     "ScalingConfig": "scaling",
     "SerializationError": "errors",
     "ServiceUnavailableError": "errors",

@@ -145,10 +145,10 @@ from queue_runtime.retry import (
 from queue_runtime.runtime import (
     RuntimeConfiguration as RuntimeConfiguration,
 )
+from queue_runtime.scaler import Scaler as Scaler
 from queue_runtime.scaling import (
     Limits as Limits,
     Load as Load,
-    Scaler as Scaler,
     ScalingConfig as ScalingConfig,
 )
 from queue_runtime.sessions import (

@@ -11,7 +11,8 @@ from queue_runtime.clock import Clock, Timer
 from queue_runtime.message import ReceivedMessage
 from queue_runtime.pressure import MemoryConfig, MemoryLevel, MemoryPressure
 from queue_runtime.providers.base import QueueCounts
-from queue_runtime.scaling import Limits, Load, Scaler, ScalingConfig
+from queue_runtime.scaler import Scaler
+from queue_runtime.scaling import Limits, Load, ScalingConfig
 
 logger = logging.getLogger("queue_runtime.control")
 

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from queue_runtime.scaling import Limits, Load, Scaler
+from queue_runtime.scaler import Scaler
+from queue_runtime.scaling import Limits, Load
 
 ARRIVES, FETCHED, ENDS = range(3)
 

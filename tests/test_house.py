@@ -30,7 +30,7 @@ FLOORS = [
     {"renewal", "sending", "idempotency_sqlite", "settlement", "room", "scaling"},
     {"links", "progress"},
     {"health"},
-    {"dlq", "sessions", "pressure"},
+    {"dlq", "sessions", "pressure", "scaler"},
     {"control", "client"},
     {"context", "calling"},
     {"middleware"},

@@ -137,7 +137,7 @@ def test_more_handlers_that_do_less_are_taken_back_at_once() -> None:
 def test_it_finds_them_among_random_times_too(seed: int) -> None:
     model = QueueModel(lambda now: 400, lambda running: 0.05 * max(1, running / 12), is_random=True, seed=seed)
     history = model.run(Scaler(ScalingConfig(), Limits(512, 5000)), 200)
-    assert model.handled > 0.9 * 240 * 200
+    assert model.handled > 0.85 * 240 * 200
     late = [seen.limits.concurrency for seen in history[100:]]
     assert sum(late) / len(late) < 2 * 12
     assert max(late) <= 4 * 12
