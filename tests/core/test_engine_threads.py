@@ -140,7 +140,7 @@ def test_the_engine_s_own_thread_may_be_anywhere(seed: int) -> None:
     links = [link, grave, session]
     held: dict[Any, list[Receipt]] = {each: [] for each in links}
     now = 0.0
-    state = {"inside": False, "over": False, "met": 0, "renewed": 0}
+    state = {"inside": False, "over": False, "met": 0, "renewed": 0, "rounds": 0}
 
     def renew() -> None:
         while not state["over"]:
@@ -150,13 +150,20 @@ def test_the_engine_s_own_thread_may_be_anywhere(seed: int) -> None:
                 state["met"] += inside
                 state["renewed"] += sum(isinstance(outcome, float) for outcome in outcomes)
             engine.renew_session_from_thread(session, now, now)
+            state["rounds"] += 1
 
     thread = threading.Thread(target=renew)
     thread.start()
-    sent = gone = 0
+    end = time.monotonic() + 60
+    sent = gone = rounds = leaps = 0
     try:
-        while now < 3.0 or (now < 60.0 and min(state["met"], state["renewed"]) < 50):
-            now += 0.01
+        while leaps < 5 or min(state["met"], state["renewed"]) < 50:
+            assert time.monotonic() < end
+            now += 0.000_1
+            if state["rounds"] >= rounds + 3:  # all that is held has been renewed since the last leap
+                rounds = state["rounds"]
+                now += LOCK * 0.4
+                leaps += 1
             each = randomly.choice(links)
             step = randomly.randrange(4)
             state["inside"] = True
