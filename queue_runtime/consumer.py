@@ -74,7 +74,7 @@ class Consumer:
         share = 0.5 if takes_queue and takes_sessions else 1.0
         intake = Intake(self._runner)
         self._queue_feed = QueueFeed(intake, config, share=share) if takes_queue else None
-        self._session_feed = SessionFeed(intake, config, share=share) if takes_sessions else None
+        self._session_feed = SessionFeed(intake, config) if takes_sessions else None
         self._feeds: list[Feed] = [feed for feed in (self._queue_feed, self._session_feed) if feed is not None]
         self._limits = Limits(
             self._runner.permits.capacity, self._runner.room.capacity, config.pollers, config.max_sessions

@@ -37,10 +37,9 @@ COMES_BACK = 1.0
 class SessionFeed:
     """Accepts sessions and serves them."""
 
-    def __init__(self, intake: Intake, config: ConsumerConfig, *, share: float) -> None:
+    def __init__(self, intake: Intake, config: ConsumerConfig) -> None:
         self.intake = intake
         self.runner = intake.runner
-        self.share = share
         self.turn = config.session_turn
         self.idle = float(config.session_idle)  # type: ignore[arg-type]  # seconds since its creation
         self.batch = config.session_batch
@@ -73,10 +72,10 @@ class SessionFeed:
         return self.places.is_wanted or self.runner.room.is_wanted
 
     def batch_size(self) -> int:
-        """Messages that a session may hold: the room is to be enough for twice as many sessions as handlers, so that
-        another one is there when a handler is free."""
-        runner = self.runner
-        return max(1, min(self.batch, int(runner.room.capacity * self.share) // (2 * runner.permits.capacity)))
+        """Messages that a session may hold: the room is to be enough for a quarter more sessions than handlers, so
+        that another one is there when a handler is free."""
+        handlers = self.runner.permits.capacity
+        return max(1, min(self.batch, self.runner.room.capacity // (handlers + max(1, handlers // 4))))
 
     async def wait_idly(self, session: Session, timeout: float) -> list[ReceivedMessage]:
         """Wait for a message of a session that has none now, until the time is over or its place is wanted."""
