@@ -237,6 +237,7 @@ class TestFullDisk:
             assert isinstance(outcomes[0], ProviderError)
             assert (outcomes[0].code, outcomes[0].is_transient, outcomes[0].retry_after) == ("no-room", True, 5.0)
             assert isinstance(outcomes[0].__cause__, OSError)
+            assert os.fstat(provider._store._file).st_size == provider._store.journal.offset  # nothing of it is left
             with pytest.raises(ProviderError, match="no-room"):
                 await receiver.receive(2, 0.0)  # a delivery that nobody can count is none
             for disposition in (DEFER, Disposition(Action.ABANDON, delay=5.0)):
