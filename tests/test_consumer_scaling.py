@@ -132,6 +132,7 @@ async def test_sessions_are_held_and_handled_by_as_many_as_there_are() -> None:
 async def test_messages_that_take_long_are_seen_while_they_run() -> None:
     """Each handler takes 30 s, many looks long: the time so far counts, though none has ended."""
     async with Running(lambda running: 30.0, config()) as running:
+        await running.clock.advance(5)
         await running.send(1)
         await running.clock.advance(10)
         assert running.consumer.stats.handler_seconds == 0.0

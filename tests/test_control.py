@@ -162,6 +162,19 @@ async def test_the_depth_is_asked_for_at_its_own_interval() -> None:
     controller.stop()
 
 
+async def test_what_was_received_since_waits_no_more() -> None:
+    desk, broker = Desk(), Broker(1000)
+    controller = Controller(desk, "q", desk.clock, scaling=ScalingConfig(count_interval=7.0), counts=broker.counts)
+    controller.start()
+    await work(desk, 1)
+    received, depth = desk.stats.received, controller._counting.depth
+    assert depth(3.0, received) == 1000
+    assert depth(3.0, received + 300) == 700
+    assert depth(3.0, received + 3000) == 0
+    assert depth(1.0 + 3 * 7.0 + 0.1, received) is None, "that is too long ago"
+    controller.stop()
+
+
 async def test_where_counting_is_cheap_each_look_counts() -> None:
     desk, broker = Desk(), Broker()
     controller = Controller(

@@ -246,9 +246,21 @@ def test_what_was_set_meanwhile_voids_the_trial() -> None:
     """Memory pressure took the handlers back: their throughput says nothing of the growth."""
     scaler = Scaler(ScalingConfig(hold=1000), MOST)
     limits = scaler.decide(0, Load(), scaler.lowest)
-    load = Load(rate=20, handler_seconds=0.05, busy=1.0, in_flight=2, waiting=1, depth=1000)
+    load = Load(rate=2000, handler_seconds=0.0005, busy=1.0, in_flight=2, waiting=1, depth=1_000_000)
     assert scaler.decide(1, load, limits).concurrency == 2
     assert scaler.decide(2, load, limits).concurrency == 2, "it is tried again, not found useless"
+
+
+def test_nothing_shrinks_before_it_was_seen_for_long_enough() -> None:
+    scaler = Scaler(ScalingConfig(shrink_after=30), MOST)
+    limits = Limits(20, 100, 1, 1)
+    times = []
+    for now in range(40):
+        decided = scaler.decide(now, Load(), limits)
+        if decided.concurrency < limits.concurrency:
+            times.append(now)
+        limits = decided
+    assert times == [30]
 
 
 def test_time_that_stands_still_or_goes_back_changes_no_verdict() -> None:
