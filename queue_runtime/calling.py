@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from queue_runtime.errors import ConfigurationError
@@ -25,6 +26,11 @@ class Call(Protocol):
     """Calls the handler with its message or messages, and with the context when it takes one."""
 
     takes_context: bool
+
+    @property
+    def alone(self) -> Callable[[Any], Coroutine[Any, Any, object]]:
+        """The call without a context."""
+        ...
 
     def __call__(self, argument: Any, context: Any) -> Coroutine[Any, Any, object]: ...
 
@@ -65,8 +71,9 @@ class HandlerDiedError(RuntimeError):
 
 class _OnLoop:
     def __init__(self, handler: Callable[..., Any], takes_context: bool) -> None:
-        self._handler = handler
+        self.alone: Callable[[Any], Coroutine[Any, Any, object]] = handler
         self.takes_context = takes_context
+        self._handler = handler
 
     def __call__(self, argument: Any, context: Any) -> Coroutine[Any, Any, object]:
         call: Coroutine[Any, Any, object] = (
@@ -82,6 +89,7 @@ class _InThreads:
     def __init__(self, handler: Callable[..., Any], takes_context: bool, workers: int) -> None:
         self._handler = handler
         self.takes_context = takes_context
+        self.alone = partial(self, context=None)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="queue-runtime-handler")
 
     async def __call__(self, argument: Any, context: Any) -> object:
@@ -108,6 +116,7 @@ class _InProcesses:
                 "handler", f"cannot go to another process; it must be a function at the top of a module: {error}"
             ) from error
         self._handler = handler
+        self.alone = partial(self, context=None)
         self._idle: list[_Process] = []
         self._workers = asyncio.Semaphore(min(workers, os.cpu_count() or 1))
         self._closed = False

@@ -85,8 +85,11 @@ class Room:
             raise
 
     def take_one(self) -> bool:
-        """Take one place if that needs no waiting."""
-        return self.take_now(1) == 1
+        """Take one place if one is free."""
+        if self._free <= 0 or self._closed:
+            return False
+        self._free -= 1
+        return True
 
     def take_now(self, wanted: int) -> int:
         """Take as many of ``wanted`` places as are free, possibly none: who waits now waits for more than that."""

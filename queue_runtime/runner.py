@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from queue_runtime.breaker import BreakerState, CircuitBreaker
 from queue_runtime.calling import call_of
@@ -118,6 +118,7 @@ class Runner:
         self.is_beginning = True
         """Whether handlers still begin; false once the consumer drains."""
         most = config.scaling.max_concurrency if config.scaling is not None else None
+        self._now = client.clock.monotonic
         self._call = call_of(handler, config.executor, max(self.permits.capacity, most or 0))
         self._needs_context = self._call.takes_context or self.chain.handle is not None or self.is_batch
         self._on_failure = config.on_failure or policy_of(config.retry)
@@ -173,7 +174,7 @@ class Runner:
             count -= sum(message.receipt.receiver_id in self.prepaid for message in messages)
         if count:
             self.room.give(count)
-        if not self._held:
+        if self.breaker is not None and not self._held:
             self.breaker_moved.set()
 
     def pass_over(self, message: ReceivedMessage) -> None:
@@ -195,8 +196,8 @@ class Runner:
         """
         messages = (message,)
         try:
-            while await self._admitted():
-                if self._lost_of(messages):
+            while (self.breaker is None and self.permits.take_one()) or await self._admitted():
+                if self._lost and self._lost_of(messages):
                     self._withdraw()
                     return None
                 context = MessageContext(self.client, message, self._lost, session) if self._needs_context else None
@@ -267,8 +268,6 @@ class Runner:
 
     def _lost_of(self, messages: Sequence[ReceivedMessage]) -> set[Receipt]:
         """Which of them were lost while they waited."""
-        if not self._lost:
-            return set()
         return {message.receipt for message in messages} & self._lost
 
     async def _run(
@@ -278,19 +277,22 @@ class Runner:
         messages: Sequence[ReceivedMessage],
     ) -> Exception | None:
         """Run the handler, with the admission that was given; return what it raised."""
-        task = cast("asyncio.Task[Any]", asyncio.current_task())
-        run: _Run = task if len(messages) == 1 else _BatchRun(task, len(messages))
+        task = asyncio.current_task()
+        assert task is not None
+        count = len(messages)
+        run: _Run = task if count == 1 else _BatchRun(task, count)
         for message in messages:
             self._held[message.receipt] = run
         error: Exception | None = _STOPPED
         since = 0 if self.breaker is None else self.breaker.changes
-        now = self.client.clock.monotonic
-        started = now()
-        self._running += len(messages)
+        started = self._now()
+        self._running += count
         self._calls += 1
         self._calls_began += started
         try:
-            if self.chain.handle is None or context is None:
+            if context is None:
+                await self._call.alone(argument)
+            elif self.chain.handle is None:
                 await self._call(argument, context)
             else:
                 await self.chain.handle(context, partial(self._call_undecided, context))()
@@ -309,10 +311,10 @@ class Runner:
         finally:
             for message in messages:
                 self._held[message.receipt] = None
-            self._running -= len(messages)
+            self._running -= count
             self._calls -= 1
             self._calls_began -= started
-            self.counters.handler_seconds += now() - started
+            self.counters.handler_seconds += self._now() - started
             self.permits.give(1)
             if self.breaker is not None:
                 self._tell_breaker(self.breaker, error, since)
@@ -384,13 +386,11 @@ class Runner:
         error = None
         try:
             if disposition is not None:
-                if self._waits_here(disposition):
+                if disposition.delay and self._waits_here(disposition):
                     await self._unless_draining(sleep(self.client.clock, disposition.delay))
                     disposition = ABANDON
-                if self.chain.settle is None:
-                    error = await self._settle_one(message, disposition)
-                else:
-                    error = await self._settle_hooked(message, disposition)
+                settle = self._settle_one if self.chain.settle is None else self._settle_hooked
+                error = await settle(message, disposition)
         finally:
             self.let_go((message,))
         return error
