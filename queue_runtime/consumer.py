@@ -12,7 +12,7 @@ from typing import Any, cast
 from queue_runtime.client import QueueClient
 from queue_runtime.config import integer
 from queue_runtime.control import Controller
-from queue_runtime.errors import AlreadyStartedError, ConfigurationError
+from queue_runtime.errors import AlreadyStartedError, ConfigurationError, ValidationError
 from queue_runtime.feeds import Feed, QueueFeed
 from queue_runtime.handling import ConsumerConfig, ConsumerObserver, ConsumerStats, Handler
 from queue_runtime.intake import Intake
@@ -35,8 +35,10 @@ class Consumer:
     queue_name:
         The queue.
     handler:
-        ``async def handler(message)``, or a plain function, which runs in a thread. When it returns, the message is
-        completed. When it raises, the failure policy decides; ``RejectMessage`` and ``RetryMessage`` decide themselves.
+        ``async def handler(message)``, or ``handler(message, context)`` with a MessageContext; of a batch, the list of
+        its messages, and a BatchContext. A plain function runs in a thread, or in a process (``executor``). When it
+        returns, the message is completed. When it raises, ``retry`` and ``on_failure`` decide; ``RejectMessage`` and
+        ``RetryMessage`` decide themselves.
     config:
         See ConsumerConfig.
     observer:
@@ -60,6 +62,10 @@ class Consumer:
         observer: ConsumerObserver | None = None,
     ) -> None:
         config = config or ConsumerConfig()
+        if not isinstance(client, QueueClient):
+            raise ValidationError("client", f"must be a QueueClient, not {type(client).__name__}")
+        if not isinstance(config, ConsumerConfig):
+            raise ConfigurationError("config", f"must be a ConsumerConfig, not {type(config).__name__}")
         queue_name = QueueName(queue_name)
         self._client = client
         self._drain_timeout = float(config.drain_timeout)  # type: ignore[arg-type]  # seconds since its creation

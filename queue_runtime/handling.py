@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from queue_runtime.message import ReceivedMessage
 from queue_runtime.middleware import Middleware
 from queue_runtime.pressure import MemoryConfig
 from queue_runtime.providers.base import Action, Disposition
-from queue_runtime.retry import FixedRetry, RetryPolicy
+from queue_runtime.retry import FixedRetry, RetryPolicy, checked_policy
 from queue_runtime.scaling import ScalingConfig
 
 LONGEST_TEXT = 2000
 """Characters of an exception's text in a dead letter's description; Service Bus takes 4096 in all."""
 FIVE_ATTEMPTS = FixedRetry(delay=0.0, attempts=5)
 _HERE = os.path.dirname(__file__)
+_REMOTE_FRAME = re.compile(r'^  File "(.+)", line (\d+), in (.+)$', re.M)
 
 Handler = Callable[..., object]
 """A function of a message, or of a list of messages, and of its context if it takes two: see ``Consumer``."""
@@ -168,11 +170,10 @@ class ConsumerConfig:
             object.__setattr__(self, field, seconds(field, getattr(self, field), minimum=minimum))
         if self.stall_after is not None:
             object.__setattr__(self, "stall_after", seconds("stall_after", self.stall_after, minimum=0.001))
-        if isinstance(self.middleware, str) or not all(isinstance(one, Middleware) for one in self.middleware):
+        if not isinstance(self.middleware, Sequence) or not all(isinstance(one, Middleware) for one in self.middleware):
             raise ConfigurationError("middleware", "must be a sequence of Middleware objects")
         object.__setattr__(self, "middleware", tuple(self.middleware))
-        if not callable(getattr(self.retry, "pause", None)):
-            raise ConfigurationError("retry", f"must be a policy such as ExponentialRetry, not {self.retry!r}")
+        checked_policy("retry", self.retry)
         if self.on_failure is not None and not callable(self.on_failure):
             raise ConfigurationError("on_failure", "must be a function of the message and the exception")
         for field, kind in (("breaker", BreakerConfig), ("scaling", ScalingConfig), ("memory", MemoryConfig)):
@@ -252,10 +253,12 @@ def poison(message: ReceivedMessage, error: Exception) -> Disposition:
 def _traceback_digest(error: Exception) -> str:
     frames = list(traceback.extract_tb(error.__traceback__))
     frames = [frame for frame in frames if os.path.dirname(frame.filename) != _HERE] or frames
-    places = [f"{os.path.basename(frame.filename)}:{frame.name}:{frame.lineno}" for frame in frames]
+    places = [(os.path.basename(frame.filename), frame.name, str(frame.lineno)) for frame in frames]
     remote = error.__cause__  # of a handler in another process: its traceback, as text
     if type(remote).__name__ == "_RemoteTraceback":
-        places.append(str(remote))
-    digest = hashlib.sha256("\n".join([type(error).__qualname__, *places]).encode()).hexdigest()[:12]
-    at = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+        told = _REMOTE_FRAME.findall(str(remote))
+        places = [(os.path.basename(path), name, line) for path, line, name in told if os.path.dirname(path) != _HERE]
+    lines = [type(error).__qualname__, *(":".join(place) for place in places)]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    at = "" if not places else " at {0}:{2} in {1}".format(*places[-1])
     return f"traceback={digest}{at}"

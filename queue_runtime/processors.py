@@ -40,8 +40,11 @@ class Processor(Consumer):
 
     @classmethod
     def config(cls, **changes: Any) -> ConsumerConfig:
-        """Return the preset as a configuration, with changes."""
-        return ConsumerConfig(**{**cls.preset, **changes})
+        """Return the preset as a configuration, with changes; its bounds of a batch are changed together."""
+        fields = {**cls.preset, **changes}
+        if "max_batch_size" in changes and "min_batch_size" not in changes:
+            fields.pop("min_batch_size", None)
+        return ConsumerConfig(**fields)
 
 
 class HighThroughputProcessor(Processor):
@@ -68,13 +71,14 @@ class LowLatencyProcessor(Processor):
 
 
 class AdaptiveBatchProcessor(Processor):
-    """A handler of batches, whose size follows the time that they take: about a second each, up to 1000 messages."""
+    """A handler of batches, whose size follows the time that they take: about a second each, 10 to 1000 messages."""
 
     preset = MappingProxyType(
         {
             "handler_form": "batch",
             "max_concurrency": 4,
             "prefetch": 4000,
+            "min_batch_size": 10,
             "max_batch_size": 1000,
             "batch_wait": 0.05,
             "session_batch": 1000,

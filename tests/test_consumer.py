@@ -480,6 +480,7 @@ async def test_batches_grow_with_fast_handlers_and_shrink_with_slow_ones() -> No
         ({"receive_timeout": float("nan")}, "receive_timeout"),
         ({"drain_timeout": "soon"}, "drain_timeout"),
         ({"retry": 3}, "retry"),
+        ({"retry": FixedRetry}, "retry"),
         ({"on_failure": "abandon"}, "on_failure"),
     ],
 )
@@ -497,6 +498,10 @@ async def test_wrong_arguments_name_their_field(client: QueueClient) -> None:
         Consumer(client, QUEUE, "handle")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="prefetch"):
         Consumer(client, QUEUE, handle, ConsumerConfig(prefetch=1))
+    with pytest.raises(ConfigurationError, match="config: must be a ConsumerConfig, not dict"):
+        Consumer(client, QUEUE, handle, {"prefetch": 10})  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="client: must be a QueueClient, not str"):
+        Consumer("memory://", QUEUE, handle)  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="queue_name"):
         Consumer(client, "not a queue name", handle)
     with pytest.raises(ConfigurationError, match="delay"):

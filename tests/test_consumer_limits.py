@@ -281,6 +281,7 @@ class TestProcessors:
         async with QueueClient("memory://") as client:
             assert Mine(client, QUEUE, print).limits.concurrency == 3
             assert HighThroughputProcessor(client, QUEUE, print, max_concurrency=5, prefetch=7).limits[:2] == (5, 7)
+            assert AdaptiveBatchProcessor.config(max_batch_size=5).min_batch_size == 1, "not above the largest"
             with pytest.raises(ConfigurationError, match="prefetch"):
                 Mine(client, QUEUE, print, prefetch=0)
             with pytest.raises(TypeError):

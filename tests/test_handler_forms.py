@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import os
+import re
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -289,6 +290,10 @@ class TestProcesses:
         async with running(consumer):
             await until(lambda: consumer.stats.completed == 11 and consumer.stats.dead_lettered == 2)
         assert await dead_reasons(client) == {b"5": "HandlerDiedError", b"12": "ValueError"}
+        told = {dead.body: dead.dead_letter_description for dead in await client.dead_letters(QUEUE).peek_messages(9)}
+        assert re.fullmatch(
+            r"no square of 12\nattempts=2 traceback=[0-9a-f]{12} at in_processes\.py:\d+ in square", told[b"12"] or ""
+        ), "where it was raised, in the other process"
         assert consumer.stats.failed == 4
 
     async def test_what_hangs_is_killed_at_the_end_of_the_drain(self, client: QueueClient) -> None:

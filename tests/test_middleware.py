@@ -176,7 +176,7 @@ async def test_a_hook_around_settle_may_change_it_and_may_break(client: QueueCli
 
 def test_only_middleware_is_middleware() -> None:
     """[C33]"""
-    for wrong in ("hooks", [print], [Middleware]):
+    for wrong in ("hooks", [print], [Middleware], Middleware()):
         with pytest.raises(ConfigurationError, match="middleware"):
             ConsumerConfig(middleware=wrong)  # type: ignore[arg-type]
 

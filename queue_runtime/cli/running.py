@@ -134,9 +134,9 @@ def run(
 ) -> None:
     """Run HANDLER, a function given as module:function, over the messages of a queue.
 
-    The module is found from the current directory. The function may be async or plain, and takes a ReceivedMessage:
-    when it returns, the message is completed; when it raises, the message comes back, and after --max-attempts it
-    becomes a dead letter.
+    The module is found from the current directory. The function may be async or plain, and takes a ReceivedMessage,
+    and a MessageContext if it has a second parameter: when it returns, the message is completed; when it raises, the
+    message comes back, and after --max-attempts it becomes a dead letter.
 
     The first SIGINT or SIGTERM lets running handlers finish and releases the rest; a second one releases all at once.
     """
@@ -160,7 +160,7 @@ def run(
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         client = open_client(provider)
         in_memory = client.capabilities.settles_in_process
-        if in_memory and feed is None:
+        if in_memory and feed is None and getattr(client.config, "path", None) is None:
             tell("note: memory:// is this process's own, and there is no --feed: only HANDLER's module can send to it")
         plan = Plan(
             queue_name=queue_name,
