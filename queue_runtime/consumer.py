@@ -172,14 +172,19 @@ class Consumer:
         self._stop_now.set()
 
     async def _work(self) -> None:
+        is_cut_off = False
         try:
             if self._controller is not None:
                 self._controller.start()
             for feed in self._feeds:
                 feed.start()
             await self._stop.wait()
+        except GeneratorExit:  # the event loop is gone: nothing can be awaited any more
+            is_cut_off = True
+            raise
         finally:
-            await self._drain()
+            if not is_cut_off:
+                await self._drain()
 
     async def _drain(self) -> None:
         deadline = self._client.clock.call_later(self._drain_timeout, self.stop_now)

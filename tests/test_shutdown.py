@@ -74,7 +74,11 @@ async def main():
               counts.active + counts.scheduled + stats.completed + counts.dead_lettered, flush=True)
     await asyncio.sleep(0)
     gc.collect()
-    more = [thread.name for thread in threading.enumerate() if thread not in threads_before]
+    for _ in range(100):  # the watchdog is told to end, and not waited for
+        more = [thread.name for thread in threading.enumerate() if thread not in threads_before]
+        if more != ["queue-runtime-watchdog"]:
+            break
+        await asyncio.sleep(0.02)
     print("left", len(asyncio.all_tasks() - tasks_before), files() - files_before,
           len(multiprocessing.active_children()), signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, *more, flush=True)
 
