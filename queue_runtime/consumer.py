@@ -24,6 +24,9 @@ from queue_runtime.vitals import Vitals
 
 logger = logging.getLogger("queue_runtime.consumer")
 
+END_PATIENCE = 5.0
+"""Seconds that settlements and the closing of sessions get when the time to drain is over."""
+
 
 class Consumer:
     """Runs a handler over the messages of a queue.
@@ -193,19 +196,36 @@ class Consumer:
             if self._controller is not None:
                 self._controller.stop()
             self._runner.begin_no_more()
-            # At once: while one releases what it holds, another must not go on fetching.
-            await asyncio.gather(*(feed.stop() for feed in self._feeds))
+            for feed in self._feeds:  # at once: while one releases what it holds, another must not go on fetching
+                self._spawn(feed.stop())
             while (pending := self._pending()) and not hurried.done():
                 await asyncio.wait([*pending, hurried], return_when=asyncio.FIRST_COMPLETED)
             if self.stats.running:
                 logger.warning("the time to drain is over: %d handlers are cancelled", self.stats.running)
                 self._runner.cancel_all()
-            while pending := self._pending():
-                await asyncio.wait(pending)
+            await self._end()
         finally:
             deadline.cancel()
             hurried.cancel()
             await asyncio.gather(hurried, return_exceptions=True)
+
+    async def _end(self) -> None:
+        """Wait for what is settled and closed, and give up what does not come to an end."""
+        over = asyncio.Event()
+        patience = self._client.clock.call_later(END_PATIENCE, over.set)
+        waiting = asyncio.ensure_future(over.wait())
+        try:
+            while (pending := self._pending()) and not over.is_set():
+                await asyncio.wait([*pending, waiting], return_when=asyncio.FIRST_COMPLETED)
+            if self._tasks:
+                logger.warning("%d tasks do not end: their messages come back when the locks end", len(self._tasks))
+            while self._tasks:  # again and again: what is cancelled may try to settle once more
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.wait(self._tasks, timeout=1.0)
+        finally:
+            patience.cancel()
+            waiting.cancel()
 
     def _make_controller(self, config: ConsumerConfig) -> Controller | None:
         if config.scaling is None and config.memory is None:

@@ -254,3 +254,34 @@ async def test_a_session_counts_until_it_is_released(monkeypatch: pytest.MonkeyP
             assert len(recorder.open) <= 2, "of the queue and one session"
             assert consumer.stats.sessions_open == 1
             go.set()
+
+
+@pytest.mark.parametrize("session_id", [None, "s"])
+async def test_a_service_that_is_silent_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch, session_id: str | None
+) -> None:
+    """[C38, C40] Settlements that do not come back are given up 5 s after the time to drain."""
+    clock, recorder = ManualClock(), wrap(monkeypatch)
+    handled: list[bytes] = []
+
+    async def handle(message: ReceivedMessage) -> None:
+        handled.append(message.body)
+        recorder.gate = gate
+
+    gate = asyncio.Event()
+    async with QueueClient(InMemoryConfig(settle_interval=0.001), clock=clock) as client:
+        await client.send_messages(QUEUE, messages(6, session_id=session_id))
+        consumer = Consumer(client, QUEUE, handle, ConsumerConfig(drain_timeout=2, min_batch_size=6, max_concurrency=1))
+        task = asyncio.create_task(consumer.run())
+        await until(lambda: recorder.at_gate > 0)
+        consumer.stop()
+        for _ in range(13):
+            await clock.advance(0.5)
+        assert not task.done(), "2 s for handlers, 5 s for what is settled"
+        for _ in range(3):
+            await clock.advance(0.5)
+        await asyncio.wait_for(task, 5)
+        assert handled[0] == b"0"
+        assert consumer.stats.running == 0
+        gate.set()
+        await until(lambda: consumer.stats.waiting == 0)
