@@ -409,6 +409,9 @@ def test_what_cannot_be_is_refused_before_anything_is_started(
 def test_no_secret_is_on_a_command_line_or_in_the_environment(start: Start) -> None:
     """C32: the URL reaches a worker through its pipe."""
     process = start("note", prefetch="77")
+    its_own = Path(f"/proc/{process.pid}/cmdline").read_bytes()
     for worker in until(lambda: len(found := children(process.pid)) == 2 and found, "two workers"):
+        command = Path(f"/proc/{worker}/cmdline")
+        until(lambda command=command: command.read_bytes() != its_own, "the worker, which was a copy until its exec")
         for file in ("cmdline", "environ"):
             assert b"prefetch=77" not in Path(f"/proc/{worker}/{file}").read_bytes()

@@ -35,11 +35,18 @@ def test_every_block_of_python_parses_and_imports_what_exists(block: str) -> Non
                 assert alias.name in queue_runtime.__all__
 
 
+def headings(page: Path) -> list[str]:
+    """As GitHub makes links of them."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+    for target, heading in re.findall(r"\]\(([^)#]+)(?:#([^)]*))?\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+            assert not heading or heading in headings(page.parent / target), f"{target}#{heading}"
 
 
 def test_the_run_output_is_that_of_the_command() -> None:

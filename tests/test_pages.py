@@ -1,4 +1,4 @@
-"""The page on failures says what is so: its programs run, and print what is shown."""
+"""The pages on consumers and on failures say what is so: their programs run, and print what is shown."""
 
 import re
 import subprocess
@@ -10,12 +10,14 @@ import pytest
 from queue_runtime.config import config_from_url
 from queue_runtime.retry import ExponentialRetry, FixedRetry, LinearRetry, NoRetry
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "resilience.md").read_text()
-PROGRAMS = re.findall(r"^```python\n(# (\w+\.py)\n.*?)^```\n\n```text\n(.*?)^```$", PAGE, re.M | re.S)
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGES = {name: (DOCS / name).read_text() for name in ("consumer.md", "resilience.md")}
+ALL = "".join(PAGES.values())
+PROGRAMS = re.findall(r"^```python\n(# (\w+\.py)\n.*?)^```\n\n```text\n(.*?)^```$", ALL, re.M | re.S)
 
 
 def test_every_program_is_found() -> None:
-    assert len(PROGRAMS) == PAGE.count("```python") == PAGE.count("```text") == 3
+    assert len(PROGRAMS) == ALL.count("```python") == ALL.count("```text") == 8
 
 
 @pytest.mark.parametrize(("code", "name", "shown"), PROGRAMS, ids=[name for _, name, _ in PROGRAMS])
@@ -26,7 +28,7 @@ def test_a_program_prints_what_is_shown(code: str, name: str, shown: str, tmp_pa
 
 
 def test_the_table_of_policies() -> None:
-    rows = re.findall(r"^\| `(retry=\S+)` \| `(\w+\(.*?\))` \|", PAGE, re.M)
+    rows = re.findall(r"^\| `(retry=\S+)` \| `(\w+\(.*?\))` \|", PAGES["resilience.md"], re.M)
     names = {policy.__name__: policy for policy in (ExponentialRetry, FixedRetry, LinearRetry, NoRetry)}
     assert len(rows) == 4
     for text, code in rows:
