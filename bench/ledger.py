@@ -249,14 +249,15 @@ class Ledger:
             self.completed += 1
 
     def answer_lost(self, number: int, receipt: Any, action: Action) -> None:
-        """The service settled this, and its consumer will only hear of an error."""
+        """The service settled this, and its consumer only hears of an error."""
         entry = self._entries.get(number)
         if entry is None or entry.open != receipt:
-            self.violate(f"message {number} is settled ({action.value}) by one who does not hold it")
+            if action is Action.COMPLETE:
+                self.violate(f"message {number} is completed by one who does not hold it")
         elif action is Action.COMPLETE:
             entry.is_gone = True
         elif action is Action.DEAD_LETTER:
-            entry.is_dead = True
+            entry.is_dead = entry.redriven == entry.redriven_before
 
     def lost(self, number: int, receipt: Any) -> None:
         """The consumer that handles this message was told that it lost the lock."""
@@ -356,6 +357,7 @@ class Witness(ConsumerObserver):
         """Set it when the consumer is gone and will tell nothing more."""
         self._numbers: dict[Any, int] = {}
         """What its handlers have begun and it has not settled."""
+        self._applied: dict[Any, Action] = {}
 
     def begin(self, message: Seen, together: bool = False) -> int:
         self._numbers[message.receipt] = int(message.message_id)
@@ -366,14 +368,15 @@ class Witness(ConsumerObserver):
 
     def message_settled(self, message: Any, disposition: Disposition, error: QueueRuntimeError | None) -> None:
         self._numbers.pop(message.receipt, None)
+        applied = self._applied.pop(message.receipt, None)
+        if error is not None and applied is not None:
+            self.ledger.answer_lost(int(message.message_id), message.receipt, applied)
         self.completed += error is None and disposition.action is Action.COMPLETE
         self.ledger.settled(message, disposition.action, error)
 
-    def answer_lost(self, receipt: Any, action: Action) -> None:
-        """Whoever stands between the consumer and the service knows: this is settled, and nobody hears of it."""
-        number = self._numbers.get(receipt)
-        if number is not None:
-            self.ledger.answer_lost(number, receipt, action)
+    def applied(self, receipts: Iterable[Any], action: Action) -> None:
+        """Whoever stands between the consumer and the service knows: these are settled, whatever the consumer hears."""
+        self._applied.update(dict.fromkeys(receipts, action))
 
     def locks_lost(self, receiver_id: int, receipts: Sequence[Any], error: QueueRuntimeError | None) -> None:
         """For ``QueueClient.on_locks_lost``."""

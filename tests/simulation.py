@@ -119,11 +119,10 @@ class CutReceiver:
             raise ZeroDivisionError("a bug of the adapter")
         await line.pass_through()
         outcomes: list[Outcome] = await self._real.settle(disposition, receipts)
-        if luck < 0.0005:  # done, but the answer does not arrive
-            if line.witness is not None:
-                for receipt, outcome in zip(receipts, outcomes, strict=True):
-                    if outcome is None:
-                        line.witness.answer_lost(receipt, disposition.action)
+        if line.witness is not None:
+            done = [receipt for receipt, outcome in zip(receipts, outcomes, strict=True) if outcome is None]
+            line.witness.applied(done, disposition.action)
+        if luck < 0.0005:
             raise ConnectionFailedError("the answer is lost")
         return outcomes
 
