@@ -48,6 +48,8 @@ def test_the_sdist_holds_sources_and_no_generated_ones(shipped: tuple[Path, Path
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "queue_runtime/_core/ring.h"} <= names
     assert {f"queue_runtime/_core/{module}.pyx" for module in ("mpcc", "batch", "envelope", "engine")} <= names
     assert not [name for name in names if name.startswith("queue_runtime") and name.endswith((".c", ".so"))]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {name for name in tracked if not name.startswith(".")} <= names
 
 
 @pytest.mark.timeout(600)
@@ -60,6 +62,8 @@ def test_the_wheel_holds_what_is_run_and_typed(shipped: tuple[Path, Path], tmp_p
         )
     kinds = {Path(name).suffix for name in names if name.startswith("queue_runtime/")}
     assert kinds == {".py", ".pyi", ".so", ".typed"}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "queue_runtime").rglob("*.py*") if path.suffix != ".pyc"}
+    assert {name for name in sources if not name.endswith(".pyx")} == {n for n in names if n.endswith((".py", ".pyi"))}
     compiled = {Path(name).name.split(".")[0] for name in names if name.endswith(".so")}
     assert compiled == {path.stem for path in (ROOT / "queue_runtime" / "_core").glob("*.pyx")}
     assert {name.split("/")[0] for name in names} == {
