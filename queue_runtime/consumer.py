@@ -217,6 +217,7 @@ class Consumer:
         try:
             while (pending := self._pending()) and not over.is_set():
                 await asyncio.wait([*pending, waiting], return_when=asyncio.FIRST_COMPLETED)
+            self._runner.give_up()
             if self._tasks:
                 logger.warning("%d tasks do not end: their messages come back when the locks end", len(self._tasks))
             while self._tasks:  # again and again: what is cancelled may try to settle once more

@@ -15,7 +15,7 @@ from queue_runtime.calling import call_of
 from queue_runtime.client import QueueClient
 from queue_runtime.clock import sleep
 from queue_runtime.context import BatchContext, HandlerContext, MessageContext
-from queue_runtime.errors import QueueRuntimeError
+from queue_runtime.errors import QueueRuntimeError, QueueTimeoutError
 from queue_runtime.handling import (
     ConsumerConfig,
     ConsumerObserver,
@@ -63,6 +63,10 @@ class _Stopped(Exception):
 
 
 _STOPPED = _Stopped()
+
+
+def _given_up() -> QueueTimeoutError:
+    return QueueTimeoutError("the consumer ended before it was settled")
 
 
 @dataclass(slots=True)
@@ -113,7 +117,7 @@ class Runner:
         self.chain = Chain(config.middleware)
         self.prepaid: set[int] = set()
         """Receivers whose messages take no room of their own: it was taken for all that the session may hold."""
-        self.settling: set[asyncio.Future[Any]] = set()
+        self.settling: dict[asyncio.Future[Any], Callable[[Outcome], None]] = {}
         """Settlements under way that nobody waits for."""
         self.is_beginning = True
         """Whether handlers still begin; false once the consumer drains."""
@@ -391,6 +395,10 @@ class Runner:
                     disposition = ABANDON
                 settle = self._settle_one if self.chain.settle is None else self._settle_hooked
                 error = await settle(message, disposition)
+        except asyncio.CancelledError:
+            if disposition is not None:
+                self._count(message, disposition, _given_up())
+            raise
         finally:
             self.let_go((message,))
         return error
@@ -404,13 +412,14 @@ class Runner:
             return
 
         def settled(outcome: Outcome) -> None:
-            self.settling.discard(future)
+            if self.settling.pop(future, None) is None:
+                return  # given up before
             self._count(message, disposition, outcome)
             self.let_go((message,))
             then(outcome)
 
         future = self.client.settle_soon(message.receipt, disposition, settled)
-        self.settling.add(future)
+        self.settling[future] = settled
 
     async def settle_all(self, verdicts: Sequence[tuple[ReceivedMessage, Disposition | None]]) -> bool:
         """Settle a batch, what is settled alike in one call; say whether all of it is settled."""
@@ -490,6 +499,11 @@ class Runner:
         for run in list(self._held.values()):
             if run is not None:
                 run.cancel()
+
+    def give_up(self) -> None:
+        """Wait no more for settlements that nobody else waits for: they have failed, as far as is known."""
+        for settled in list(self.settling.values()):
+            settled(_given_up())
 
     def locks_lost(self, receiver_id: int, receipts: Sequence[Receipt], error: QueueRuntimeError | None) -> None:
         """Cancel the handlers of messages whose locks are lost, and handle those that wait no more."""
