@@ -147,9 +147,10 @@ async def within(clock: Clock, seconds: float, call: Awaitable[T]) -> T:
     try:
         return await call
     except asyncio.CancelledError as error:
-        if is_late and task.uncancel() <= cancelled_before:
-            is_late = False
+        if is_late and task.cancelling() <= cancelled_before + 1:
             raise Late from error
         raise
     finally:
         timer.cancel()
+        if is_late:  # taken back also where the call ended otherwise, as if it had not been cancelled
+            task.uncancel()

@@ -1,6 +1,7 @@
 """Receivers that hang, die or lose their connection are replaced, and the client is not rebuilt [C37, C38, C23]."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -329,3 +330,26 @@ async def test_within_is_as_asyncio_s_timeout(clock: ManualClock) -> None:
 
 async def failing() -> None:
     raise ZeroDivisionError
+
+
+async def test_within_leaves_no_cancellation_behind_where_the_call_goes_on_all_the_same(clock: ManualClock) -> None:
+    """As asyncio's timeout: else a timeout or a task group further out would take the cancellation for its own."""
+
+    async def stubborn(error: Exception | None) -> str:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        if error is not None:
+            raise error
+        return "done"
+
+    async def call(error: Exception | None) -> int:
+        with contextlib.suppress(ConnectionFailedError):
+            assert await within(clock, 1.0, stubborn(error)) == "done"
+        task = asyncio.current_task()
+        assert task is not None
+        return task.cancelling()
+
+    for error in (None, ConnectionFailedError("reset")):
+        task = asyncio.create_task(call(error))
+        await clock.advance(2.0)
+        assert await task == 0
