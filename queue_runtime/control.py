@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol, cast
 
-from queue_runtime.clock import Clock, Timer
+from queue_runtime.clock import Clock, Timer, within
 from queue_runtime.message import ReceivedMessage
 from queue_runtime.pressure import MemoryConfig, MemoryLevel, MemoryPressure
 from queue_runtime.providers.base import QueueCounts
@@ -22,6 +22,10 @@ LEAST = Limits(1, 2, 1, 1)
 """What memory pressure leaves when nothing scales; two messages, as one may be of a session and one not."""
 LONGEST_PAUSE = 60.0
 """Seconds between two questions for the depth, at the longest, while they fail."""
+IDLE_INTERVAL = 10.0
+"""Seconds between two looks while nothing happens, at the longest, where only the memory is looked at."""
+COUNT_TIMEOUT = 60.0
+"""Seconds after which a question for the depth that was not answered is given up, and asked again."""
 STALE = 3
 """Count intervals after which a depth is known no more."""
 
@@ -102,7 +106,7 @@ class Controller:
         Makes the task that asks for them; who gives it waits for the task's end.
 
     There is one timer. While nothing is received and nothing held, it comes ever more rarely, up to the
-    ``idle_interval`` of ``scaling``, and nothing is counted. Thread-safety: for the client's event loop.
+    ``idle_interval`` of ``scaling`` (10 s without), and nothing is counted. Thread-safety: for the client's event loop.
     """
 
     def __init__(
@@ -127,11 +131,12 @@ class Controller:
         if self._pressure is not None:
             intervals.append(self._pressure.config.interval)
         self._interval = min(cast(list[float], intervals), default=1.0)
-        self._slowest = self._interval if scaling is None else max(self._interval, cast(float, scaling.idle_interval))
+        idle_interval = IDLE_INTERVAL if scaling is None else cast(float, scaling.idle_interval)
+        self._slowest = max(self._interval, idle_interval)
         self._pause = self._interval
         self._timer: Timer | None = None
         self._lowest = LEAST if self._scaler is None else self._scaler.lowest
-        self._counting = _Counting(queue_name, counts, scaling, is_counting_cheap, spawn)
+        self._counting = _Counting(queue_name, clock, counts, scaling, is_counting_cheap, spawn)
         self._seen = _Seen(self._clock.monotonic(), consumer.stats)
         self._lag: float | None = None
         self._has_others = False
@@ -272,12 +277,14 @@ class _Counting:
     def __init__(
         self,
         queue_name: str,
+        clock: Clock,
         counts: Callable[[], Awaitable[QueueCounts]] | None,
         scaling: ScalingConfig | None,
         is_cheap: bool,
         spawn: Spawn | None,
     ) -> None:
         self._queue_name = queue_name
+        self._clock = clock
         self._counts = None if scaling is None else counts
         self._interval = 0.0 if scaling is None or is_cheap else cast(float, scaling.count_interval)
         self._lasting = STALE * max(self._interval, 0.0 if scaling is None else cast(float, scaling.interval))
@@ -307,7 +314,7 @@ class _Counting:
 
     async def _ask(self, counts: Callable[[], Awaitable[QueueCounts]], now: float, received: int) -> None:
         try:
-            self._active = (await counts()).active
+            self._active = (await within(self._clock, COUNT_TIMEOUT, counts())).active
             self._time, self._received = now, received
             self._due = now + self._interval
             self._failures = 0
@@ -316,7 +323,9 @@ class _Counting:
             self._failures += 1
             self._due = now + min(LONGEST_PAUSE, max(self._interval, 1.0) * 2.0 ** min(self._failures, 10))
             if self._failures == 1:
-                logger.warning("cannot count, queue=%s, scaling without: %s", self._queue_name, error)
+                logger.warning(
+                    "cannot count, queue=%s, scaling without: %s", self._queue_name, str(error) or "no answer"
+                )
         finally:
             self._task = None
 

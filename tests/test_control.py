@@ -319,3 +319,34 @@ async def message() -> Any:
         await client.send_message("q", Message(body=b"x"))
         [message] = await client.receive_messages("q", 1)
         yield message
+
+
+async def test_a_look_at_the_memory_alone_is_rare_while_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[P11]"""
+    desk = Desk()
+    controller = Controller(desk, "q", desk.clock, memory=Watching(MemoryConfig()))
+    looks: list[float] = []
+    look = controller._look
+    monkeypatch.setattr(controller, "_look", lambda: (looks.append(desk.clock.monotonic()), look()))
+    controller.start()
+    await desk.clock.advance(600)
+    controller.stop()
+    assert len(looks) < 70
+
+
+async def test_a_count_that_does_not_come_back_is_asked_for_again() -> None:
+    desk, broker = Desk(), Broker()
+    silent = True
+
+    async def counts() -> QueueCounts:
+        if silent:
+            await asyncio.Event().wait()
+        return await broker.counts()
+
+    controller = Controller(desk, "q", desk.clock, scaling=ScalingConfig(), counts=counts)
+    controller.start()
+    await work(desk, 3)
+    silent = False
+    await work(desk, 150)
+    controller.stop()
+    assert broker.asked
