@@ -99,11 +99,16 @@ class Watchdog:
             return
         with self._lock:
             self._members[member] = None
-            if self._thread is None:
-                self._thread = _Thread(self)
-                self._thread.start()
-            else:
+            if self._thread is not None:
                 self._thread.ring()
+                return
+            thread = _Thread(self)
+            try:
+                thread.start()
+            except RuntimeError as error:  # it is a help, and nothing else may fail for it
+                logger.warning("there is no watchdog: %s", error)
+            else:
+                self._thread = thread
 
     def leave(self, member: Watched) -> None:
         """Look after it no more; ends the thread when it was the last."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import select
 import threading
 from collections.abc import AsyncIterator
@@ -291,3 +292,26 @@ def test_one_that_fails_does_not_end_the_watch(caplog: pytest.LogCaptureFixture)
     dog.leave(fine)
     assert not dog.is_running
     assert "the watchdog failed" in caplog.text
+
+
+def test_without_a_thread_it_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The thread is a help: where none can be started, no receive fails for it, and the next one tries again."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    class Member:
+        def look(self, now: float) -> float | None:
+            looked.set()
+            return math.inf
+
+    looked = threading.Event()
+    dog, member = Watchdog(), Member()
+    with monkeypatch.context() as limit:
+        limit.setattr(threading.Thread, "start", refuse)
+        dog.watch(member, 0.0)
+    assert "can't start new thread" in caplog.text
+    assert not dog.is_running
+    dog.watch(member, 0.0)
+    assert looked.wait(5)
+    dog.leave(member)
