@@ -147,7 +147,7 @@ class CircuitBreaker:
     @property
     def retry_after(self) -> float:
         """Seconds until it is half-open; 0.0 when it is not open."""
-        return self._half_open_at - self._clock.monotonic() if self.state is OPEN else 0.0
+        return max(0.0, self._half_open_at - self._clock.monotonic()) if self.state is OPEN else 0.0
 
     def may_try(self) -> bool:
         """Return whether to make a call now. The yes of a half-open breaker is for one: it claims the try."""

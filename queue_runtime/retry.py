@@ -173,8 +173,8 @@ class Retrier:
     def __init__(self, policy: RetryPolicy, clock: Clock) -> None:
         self.policy = policy
         self.clock = clock
-        deadline: float | None = getattr(policy, "deadline", None)
-        self._deadline = math.inf if deadline is None else deadline
+        deadline: Seconds | None = getattr(policy, "deadline", None)
+        self._deadline = math.inf if deadline is None else seconds("deadline", deadline)
         self._waits: set[asyncio.Future[bool]] = set()
         self._closed = False
 

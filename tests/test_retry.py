@@ -30,6 +30,7 @@ from queue_runtime.retry import (
     NoRetry,
     Retrier,
     RetryPolicy,
+    checked_policy,
     pause_after,
     retrying,
 )
@@ -385,3 +386,25 @@ async def test_a_policy_of_one_s_own() -> None:
     error: QueueRuntimeError = BUSY
     with pytest.raises(ServiceUnavailableError):
         await retrying(Call(clock, error, error), Twice(), clock)
+
+
+async def test_a_policy_of_one_s_own_may_say_its_deadline_as_a_timedelta() -> None:
+    class Own:
+        attempts = 9
+        deadline = timedelta(seconds=2)
+
+        def pause(self, attempt: int) -> float | None:
+            return 1.0
+
+    clock = ManualClock()
+    calls: list[float] = []
+
+    async def call() -> None:
+        calls.append(clock.monotonic())
+        raise ServiceUnavailableError("busy")
+
+    task = asyncio.create_task(retrying(call, checked_policy("retry", Own()), clock))
+    await clock.advance(9.0)
+    with pytest.raises(ServiceUnavailableError):
+        await task
+    assert calls == [0.0, 1.0, 2.0]
