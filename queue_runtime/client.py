@@ -42,7 +42,7 @@ from queue_runtime.providers.base import (
 )
 from queue_runtime.renewal import LockRenewer, LostCallback
 from queue_runtime.retry import Retrier
-from queue_runtime.sending import check_sendable, is_limited, send
+from queue_runtime.sending import Sender, check_sendable, is_limited
 from queue_runtime.sessions import Session, SessionKey, with_session
 from queue_runtime.settlement import Lane, Settler, failed, outcome_of, unexpected
 
@@ -95,6 +95,7 @@ class QueueClient:
         self._provider: Provider = open_provider(self.config, self.clock)
         self._is_limited = is_limited(self._provider.capabilities)
         self._retrier = Retrier(self.config.retry, self.clock)
+        self._sender = Sender(self._provider, self._retrier)
         max_renewal = cast(float, self.config.max_lock_renewal)
         self._renewer = (
             LockRenewer(
@@ -115,7 +116,8 @@ class QueueClient:
         )
         self._links = Links(self._provider, self._settler, self._renewer, self._retrier)
         self._lanes = self._links.by_id
-        self._checkup = Checkup(self.clock, self._links, self._renewer, self._provider.counts)
+        self._checkup = Checkup(self.clock, self._links, self._sender, self._renewer, self._provider.counts)
+        self._settled = self._checkup.settled
         self._closing = asyncio.Lock()
         self._lost_listeners: list[LostCallback] = []
         self._closed = False
@@ -158,7 +160,7 @@ class QueueClient:
         self._check_open()
         check_queue_name(queue_name)
         outgoing = (self._outgoing(message, "message"),)
-        outcome = (await send(self._provider, self._retrier, queue_name, outgoing))[0]
+        outcome = (await self._sender.send(queue_name, outgoing))[0]
         if outcome is not None:
             raise outcome
         return message.message_id
@@ -365,7 +367,7 @@ class QueueClient:
         """Send, asking for no session key: what comes back from the dead letters keeps the session that it had."""
         if not batch:
             return []
-        outcomes = await send(self._provider, self._retrier, queue_name, batch)
+        outcomes = await self._sender.send(queue_name, batch)
         if any(outcomes):
             raise BatchSendError(
                 [
@@ -395,7 +397,7 @@ class QueueClient:
         receipts = (receipt,)
         outcome = (await lane.settle(disposition, receipts))[0]
         if outcome is None:
-            self._checkup.last_settle = self._monotonic()
+            self._settled[receipt.queue_name] = self._monotonic()
         if self._renewer is not None and (outcome is None or not outcome.is_transient):
             self._renewer.forget(receipt.receiver_id, receipts)
         return outcome
@@ -425,7 +427,7 @@ class QueueClient:
             except BaseException as bug:
                 outcome = unexpected(bug, self._provider.name)
             if outcome is None:
-                self._checkup.last_settle = self._monotonic()
+                self._settled[receipt.queue_name] = self._monotonic()
             if outcome is None or not outcome.is_transient:
                 self.renew_no_more(receipt)
             done(outcome)
@@ -467,7 +469,7 @@ class QueueClient:
     async def _settle_on(self, lane: Lane, disposition: Disposition, receipts: Sequence[Receipt]) -> list[Outcome]:
         outcomes = await lane.settle(disposition, receipts)
         if None in outcomes:
-            self._checkup.last_settle = self._monotonic()
+            self._settled[lane.receiver.queue_name] = self._monotonic()
         if self._renewer is not None:
             if any(outcomes):  # what failed for a passing reason may be tried again, so its lock is kept
                 pairs = zip(receipts, outcomes, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -13,6 +14,7 @@ from queue_runtime.errors import CapabilityError, QueueRuntimeError
 from queue_runtime.links import Links
 from queue_runtime.providers.base import QueueCounts
 from queue_runtime.renewal import LockRenewer
+from queue_runtime.sending import Sender
 
 logger = logging.getLogger("queue_runtime.health")
 
@@ -20,6 +22,10 @@ GROWING_FOR = 30.0
 """Seconds for which a backlog has to grow, with nothing settled, before that is a problem."""
 REMEMBERED = 60.0
 """Seconds for which a block of the event loop stays a problem: whoever asks can only do so after it."""
+
+FORGOTTEN = 300.0
+"""Seconds after which a connection that failed is no problem any more when nobody has tried it again. A consumer tries
+at least every minute."""
 
 
 class ConsumerHealth(NamedTuple):
@@ -84,7 +90,7 @@ class Checkup:
 
     Parameters
     ----------
-    clock, links, renewer:
+    clock, links, sender, renewer:
         The client's own.
     counts:
         Asks the provider for a queue's counts, once.
@@ -96,17 +102,19 @@ class Checkup:
         self,
         clock: Clock,
         links: Links,
+        sender: Sender,
         renewer: LockRenewer | None,
         counts: Callable[[str], Awaitable[QueueCounts]],
     ) -> None:
         self._clock = clock
         self._links = links
+        self._sender = sender
         self._renewer = renewer
         self._counts = counts
         self._reporters: dict[HealthReporter, None] = {}
         self._baselines: dict[str, _Baseline] = {}
-        self.last_settle: float | None = None
-        """By the monotonic clock; the client sets it."""
+        self.settled: dict[str, float] = {}
+        """When a message of each queue was last settled well, by the monotonic clock; the client sets it."""
 
     def add(self, reporter: HealthReporter) -> Callable[[], None]:
         """Ask this one too; return what takes it back."""
@@ -139,11 +147,14 @@ class Checkup:
             except QueueRuntimeError as error:
                 is_failing = is_failing or error.is_transient
                 problems.append(f"the service did not say what is in queue {name}: {error}")
+            except Exception as bug:
+                problems.append(f"the service did not say what is in queue {name}: {bug!r}")
         now = self._clock.monotonic()
-        trouble, contact = self._links.trouble, self._links.last_contact
-        if trouble is not None and (contact is None or trouble.at > contact):
-            is_failing = is_failing or not backlog
-            problems.append(f"{trouble.sentence}, {now - trouble.at:.0f} s ago, and nothing was heard since")
+        contact, last_settle = self._links.last_contact, max(self.settled.values(), default=None)
+        for trouble in (self._links.trouble, self._sender.trouble):
+            if trouble is not None and (contact is None or trouble.at > contact) and now - trouble.at <= FORGOTTEN:
+                is_failing = is_failing or not backlog
+                problems.append(f"{trouble.sentence}, {now - trouble.at:.0f} s ago, and nothing was heard since")
         for name, counts in backlog.items():
             problems += self._growth(name, counts.active, now, any(each.queue_name == name for each in consumers))
         block = None if self._renewer is None else self._renewer.last_block
@@ -158,7 +169,7 @@ class Checkup:
             provider=provider,
             connection="failing" if is_failing else "open",
             last_receive=None if contact is None else now - contact,
-            last_settle=None if self.last_settle is None else now - self.last_settle,
+            last_settle=None if last_settle is None else now - last_settle,
             backlog=backlog,
             consumers=consumers,
         )
@@ -174,9 +185,9 @@ class Checkup:
         return tuple(consumers)
 
     def _growth(self, queue_name: str, active: int, now: float, has_consumer: bool) -> list[str]:
-        """Say whether the backlog grows and nothing is settled, of a queue that is received from."""
+        """Say whether the backlog grows and nothing of it is settled, of a queue that is received from."""
         seen = self._baselines.get(queue_name)
-        if seen is None or active <= seen.active or (self.last_settle is not None and self.last_settle >= seen.at):
+        if seen is None or active <= seen.active or self.settled.get(queue_name, -math.inf) >= seen.at:
             self._baselines[queue_name] = _Baseline(now, active)
             return []
         if now - seen.at < GROWING_FOR or not (has_consumer or queue_name in self._links.main):

@@ -28,6 +28,7 @@ from queue_runtime.message import ReceivedMessage
 from queue_runtime.providers.base import Provider, Receiver, SessionReceiver
 from queue_runtime.renewal import LockRenewer
 from queue_runtime.retry import Retrier
+from queue_runtime.sending import Trouble
 from queue_runtime.settlement import Lane, Settler
 
 logger = logging.getLogger("queue_runtime.links")
@@ -45,14 +46,6 @@ class _Home(NamedTuple):
 
     lanes: dict[str, Lane]
     queue_name: str
-
-
-class Trouble(NamedTuple):
-    """The last thing that went wrong on a link."""
-
-    at: float
-    """By the monotonic clock."""
-    sentence: str
 
 
 class Links:

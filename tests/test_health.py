@@ -19,7 +19,7 @@ from queue_runtime.errors import (
     ServiceUnavailableError,
     ValidationError,
 )
-from queue_runtime.health import GROWING_FOR, REMEMBERED, ConsumerHealth
+from queue_runtime.health import FORGOTTEN, GROWING_FOR, REMEMBERED, ConsumerHealth
 from queue_runtime.links import GRACE
 from queue_runtime.message import Message
 from queue_runtime.retry import NoRetry
@@ -192,4 +192,57 @@ async def test_a_loop_that_was_blocked_is_told_for_a_while(client: QueueClient, 
         "the event loop was blocked for at least 12.3 s by handle (app.py:7), until 5 s ago",
     )
     await clock.advance(REMEMBERED)
+    assert (await client.health()).is_healthy
+
+
+async def test_one_queue_that_is_worked_on_does_not_hide_another_that_is_not(
+    client: QueueClient, clock: ManualClock
+) -> None:
+    client.add_reporter(Reporter())
+    for _ in range(8):
+        await send(client, 1)
+        await client.send_message("invoices", Message(body=b"x"))
+        message = await client.receive_message("invoices", 0)
+        assert message is not None
+        await client.complete_message(message)
+        health = await client.health()
+        await clock.advance(5.0)
+    assert health.last_settle == 0.0
+    assert health.problems == ("the backlog of queue orders has grown from 1 to 8 in 35 s, and nothing was settled",)
+
+
+async def test_a_provider_with_a_bug_is_a_problem_and_no_exception(client: QueueClient, recorder: Recorder) -> None:
+    recorder.count_faults.append(fail(RuntimeError("oops")))
+    health = await client.health(QUEUE)
+    assert health.problems == ("the service did not say what is in queue orders: RuntimeError('oops')",)
+
+
+async def test_who_only_sends_is_told_of_a_service_that_cannot_be_reached(
+    client: QueueClient, recorder: Recorder, clock: ManualClock
+) -> None:
+    recorder.send_faults += 2 * [fail(ConnectionFailedError("reset"))]
+    for failing in (client.send_message(QUEUE, Message(body=b"x")), send(client, 2)):
+        with pytest.raises(ConnectionFailedError):
+            await failing
+    await clock.advance(2.0)
+    health = await client.health()
+    assert health.connection == "failing"
+    assert health.problems == ("sending to queue orders failed: reset, 2 s ago, and nothing was heard since",)
+    await send(client, 1)
+    assert (await client.health()).is_healthy
+
+
+async def test_trouble_that_nobody_met_again_is_forgotten(
+    client: QueueClient, recorder: Recorder, clock: ManualClock
+) -> None:
+    """Else a process that gets no work while it is not healthy would never be healthy again."""
+    for faults in (recorder.send_faults, recorder.open_faults):
+        faults.append(fail(ConnectionFailedError("reset")))
+    with pytest.raises(ConnectionFailedError):
+        await send(client, 1)
+    with pytest.raises(ConnectionFailedError):
+        await client.receive_message(QUEUE, 0)
+    await clock.advance(FORGOTTEN - 1)
+    assert len((await client.health()).problems) == 2
+    await clock.advance(2)
     assert (await client.health()).is_healthy
