@@ -84,8 +84,9 @@ def _no_blocking_calls() -> Iterator[None]:
             # What is in a directory is read when the provider is made, or else there would be no error at once; and a
             # full file of the journal is followed by the next one in some 50 µs, like a write.
             function.can_block_in("queue_runtime/providers/store.py", {"__init__", "_next_file"})
-            # A byte into an empty pipe.
+            # A few bytes into an empty pipe; the second when an executor's semaphores are collected.
             function.can_block_in("concurrent/futures/process.py", {"wakeup"})
+            function.can_block_in("multiprocessing/resource_tracker.py", {"_send", "_check_alive"})
         yield
 
 
