@@ -87,6 +87,8 @@ def _no_blocking_calls() -> Iterator[None]:
             # A few bytes into an empty pipe; the second when an executor's semaphores are collected.
             function.can_block_in("concurrent/futures/process.py", {"wakeup"})
             function.can_block_in("multiprocessing/resource_tracker.py", {"_send", "_check_alive"})
+            # The end of a loop: uvloop joins the thread there that its executor ends in.
+            function.can_block_in("asyncio/runners.py", {"close"})
         yield
 
 

@@ -1,8 +1,4 @@
-"""What every provider does with messages that have no session [C6-C10, C14, C16-C20, C23].
-
-A provider's test module makes a subclass of each contract class, with a ``harness`` fixture. What a provider
-declares that it cannot do is asked for all the same: the answer is a CapabilityError that names the capability.
-"""
+"""What every provider does with messages that have no session [C6-C10, C14, C16-C20, C23]."""
 
 import asyncio
 import random

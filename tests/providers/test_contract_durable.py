@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract import ReceiveContract, SendContract
-from contract_sessions import SessionKeyContract, SessionLockContract, SessionOrderContract
-from contract_settlement import DeadLetterContract, LockContract, SettleContract
+from contract_whole import WholeContract
 from test_contract_memory import NAMES, MemoryHarness
 
 from queue_runtime.client import QueueClient
@@ -32,33 +30,5 @@ async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
     await harness.close()
 
 
-class TestSend(SendContract):
-    pass
-
-
-class TestReceive(ReceiveContract):
-    pass
-
-
-class TestSettle(SettleContract):
-    pass
-
-
-class TestLock(LockContract):
-    pass
-
-
-class TestDeadLetters(DeadLetterContract):
-    pass
-
-
-class TestSessionOrder(SessionOrderContract):
-    pass
-
-
-class TestSessionLock(SessionLockContract):
-    pass
-
-
-class TestSessionKeys(SessionKeyContract):
+class TestContract(WholeContract):
     pass

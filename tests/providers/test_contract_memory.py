@@ -7,9 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from contract import ReceiveContract, SendContract
-from contract_sessions import SessionKeyContract, SessionLockContract, SessionOrderContract
-from contract_settlement import DeadLetterContract, LockContract, SettleContract
+from contract_whole import WholeContract
 from harness import Harness, Place, QueueSettings, bodies, numbered, turns
 
 from queue_runtime.client import QueueClient
@@ -102,35 +100,7 @@ async def harness(request: pytest.FixtureRequest) -> AsyncIterator[MemoryHarness
     await harness.close()
 
 
-class TestSend(SendContract):
-    pass
-
-
-class TestReceive(ReceiveContract):
-    pass
-
-
-class TestSettle(SettleContract):
-    pass
-
-
-class TestLock(LockContract):
-    pass
-
-
-class TestDeadLetters(DeadLetterContract):
-    pass
-
-
-class TestSessionOrder(SessionOrderContract):
-    pass
-
-
-class TestSessionLock(SessionLockContract):
-    pass
-
-
-class TestSessionKeys(SessionKeyContract):
+class TestContract(WholeContract):
     pass
 
 

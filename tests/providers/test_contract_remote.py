@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import pytest
-from contract import ReceiveContract, SendContract
-from contract_sessions import SessionKeyContract, SessionLockContract, SessionOrderContract
-from contract_settlement import DeadLetterContract, LockContract, SettleContract
+from contract import SendContract
+from contract_sessions import SessionLockContract
+from contract_settlement import LockContract, SettleContract
+from contract_whole import WholeContract
 from harness import Harness, Place, QueueSettings
 from remote.config import REMOVABLE, RemoteConfig
 from remote.provider import RemoteProvider
@@ -178,35 +179,7 @@ async def harness(request: pytest.FixtureRequest, broker: RunningBroker) -> Asyn
     await harness.close()
 
 
-class TestSend(SendContract):
-    pass
-
-
-class TestReceive(ReceiveContract):
-    pass
-
-
-class TestSettle(SettleContract):
-    pass
-
-
-class TestLock(LockContract):
-    pass
-
-
-class TestDeadLetters(DeadLetterContract):
-    pass
-
-
-class TestSessionOrder(SessionOrderContract):
-    pass
-
-
-class TestSessionLock(SessionLockContract):
-    pass
-
-
-class TestSessionKeys(SessionKeyContract):
+class TestContract(WholeContract):
     pass
 
 
