@@ -86,6 +86,8 @@ class LockRenewer:
         watch = self.watches.get(receiver.id)
         if watch is None:
             watch = self._begin(Watch(self, receiver, receiver.lock_duration))
+        if watch.lock_duration <= 0:  # there is none
+            return
         now = self._clock.monotonic()
         term = watch.latest
         if term is None or now >= watch.latest_until:
@@ -99,6 +101,8 @@ class LockRenewer:
 
     def watch_session(self, receiver: SessionReceiver) -> None:
         """Renew the lock of this session until it is dropped."""
+        if receiver.session_lock_duration <= 0:  # there is none
+            return
         watch = self._begin(Watch(self, receiver, receiver.lock_duration, session=receiver))
         term = watch.session_term = session_term(receiver, self._clock.monotonic(), spread=True)
         self._schedule(watch, term.renew_at)

@@ -97,7 +97,8 @@ class Watch:
         """The duration of its shortest lock, in seconds."""
         if self.session is None:
             return self.lock_duration
-        return min(self.lock_duration, self.session.session_lock_duration)
+        own = self.session.session_lock_duration
+        return min(self.lock_duration, own) if self.lock_duration > 0 else own
 
 
 @dataclass(slots=True, eq=False)

@@ -238,3 +238,21 @@ async def test_a_provider_that_swallows_the_end_of_a_call_is_believed(recorder: 
     assert lost == []
     assert locks.is_live(receipt)
     await renewer.close()
+
+
+@pytest.mark.parametrize(("lock", "session_lock"), [(0.0, 0.0), (0.0, LOCK), (LOCK, 0.0)])
+async def test_where_there_is_no_lock_nothing_is_renewed(lock: float, session_lock: float) -> None:
+    """A provider whose deliveries, or whose sessions, never run out says 0 seconds."""
+    clock = ManualClock()
+    lost: Lost = []
+    renewer = make(clock, lost)
+    session = SessionLocks(clock, session_lock, lock_duration=lock)
+    renewer.watch_session(session)
+    renewer.watch(session, session.take(1))
+    for _ in range(40):
+        await clock.advance(LOCK * 0.1)
+    assert lost == []
+    assert len(session.calls) == (8 if lock else 0)
+    assert (7 <= len(session.session_calls) <= 9) if session_lock else not session.session_calls
+    assert pending(clock) == bool(lock or session_lock)
+    await renewer.close()

@@ -100,7 +100,7 @@ class Receiver(Protocol):
 
     @property
     def lock_duration(self) -> float:
-        """Seconds that a delivery stays locked, for whoever schedules its renewal."""
+        """Seconds that a delivery stays locked, for whoever schedules its renewal; 0.0 where that does not end."""
         ...
 
     async def receive(self, max_count: int, timeout: float) -> list[ReceivedMessage]:
@@ -142,7 +142,7 @@ class SessionReceiver(Receiver, Protocol):
 
     @property
     def session_lock_duration(self) -> float:
-        """Seconds that the session stays held, for whoever schedules its renewal."""
+        """Seconds that the session stays held, for whoever schedules its renewal; 0.0 where that does not end."""
         ...
 
     @property
