@@ -173,7 +173,7 @@ class Settler:
             self._free.append(place)
 
     async def close(self, timeout: float = math.inf) -> None:
-        """Settle what is under way and stop; after ``timeout`` seconds give up what is not settled yet."""
+        """Settle what is under way and stop; after ``timeout`` seconds, or when cancelled, give up the rest."""
         if not self._mpccs:
             return
         hurried: list[asyncio.Task[Any]] = []
@@ -186,6 +186,9 @@ class Settler:
         try:
             for mpcc in self._mpccs:
                 await mpcc.complete()
+        except asyncio.CancelledError:
+            hurry()
+            raise
         finally:
             if timer is not None:
                 timer.cancel()

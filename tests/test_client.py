@@ -451,3 +451,23 @@ async def test_listeners_are_told_until_they_are_taken_back() -> None:
         await client.receive_message(QUEUE, 0)
         await clock.advance(31)
     assert told == ["first", "second", "second"]
+
+
+async def test_a_close_that_is_cancelled_gives_up_what_is_not_settled_yet(recorder: Recorder) -> None:
+    """Such as by a ``wait_for`` around it: nothing settles behind a connection that is closed."""
+    client = QueueClient(InMemoryConfig(settle_interval=0.0001, settle_batch_size=1))
+    await client.send_message(QUEUE, Message(body=b"x"))
+    message = await one(client)
+    recorder.gate = asyncio.Event()
+    completing = asyncio.create_task(client.complete_message(message))
+    while not recorder.at_gate:
+        await asyncio.sleep(0)
+    closing = asyncio.create_task(client.close())
+    await settle_tasks()
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    with pytest.raises(ClosedError):
+        await completing
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await client.close()
