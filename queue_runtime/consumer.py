@@ -118,6 +118,7 @@ class Consumer:
         self._runner.permits.resize(limits.concurrency)
         self._runner.room.resize(limits.prefetch)
         if self._session_feed is not None:
+            self._session_feed.take_room(0)
             self._session_feed.places.resize(limits.sessions)
         if self._queue_feed is not None:
             self._queue_feed.set_pollers(limits.pollers)

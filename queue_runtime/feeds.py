@@ -109,7 +109,7 @@ class QueueFeed:
     async def _poll(self) -> None:
         intake, runner = self._intake, self._runner
         receive = partial(runner.client.receive_messages, runner.queue_name, timeout=self._timeout)
-        while True:
+        while self._is_fetching:
             wanted = min(self._sizer.calculate_optimal_batch_size(), await intake.allowed())
             # With messages still waiting, a larger batch later costs less than a small one now.
             at_least = min(wanted, max(1, runner.room.capacity // 2)) if self._ready else 1
@@ -127,7 +127,7 @@ class QueueFeed:
             while self._ready and self._workers <= runner.permits.capacity:
                 message, came = self._ready.popleft()
                 disposition = await runner.handle(message)
-                if disposition is None or runner.client.settles_at_once:
+                if disposition is None or (runner.client.settles_at_once and not runner.waits_here(disposition)):
                     await runner.settle(message, disposition)
                     self._count_down(came)
                 else:
@@ -147,7 +147,13 @@ class QueueFeed:
                 started = clock.monotonic()
                 dispositions = await runner.handle_batch(messages)
                 self._sizer.record(size, max(0.0, clock.monotonic() - started))
-                await runner.settle_all(list(zip(messages, dispositions, strict=True)))
+                now = []
+                for message, disposition in zip(messages, dispositions, strict=True):
+                    if disposition is not None and runner.waits_here(disposition):
+                        runner.settle_later(message, disposition, _nothing)  # it may wait long; this goes on
+                    else:
+                        now.append((message, disposition))
+                await runner.settle_all(now)
         finally:
             self._workers -= 1
             runner.room.hurry()
@@ -169,6 +175,9 @@ class QueueFeed:
         came.left -= 1
         if came.left == 0:
             self._sizer.record(came.size, max(0.0, self._runner.client.clock.monotonic() - came.started))
+
+
+def _nothing(outcome: Outcome) -> None: ...
 
 
 async def cancelled(tasks: list[asyncio.Task[Any]]) -> None:

@@ -28,6 +28,10 @@ NO_ANSWER = (ConnectionFailedError, QueueTimeoutError)
 pass them over: the session is let go, and with it they are free again, in their order."""
 
 
+class LeftOutError(Exception):
+    """A hook around receive failed after messages of a session had come: it is let go, as one without an answer."""
+
+
 class Intake:
     """What the feeds of one consumer fetch with.
 
@@ -38,6 +42,8 @@ class Intake:
         self.runner = runner
         self.under_way: dict[object, float] = {}
         """When the calls that are under way have to be back, by the monotonic clock."""
+        self.left_out: set[int] = set()
+        """Receivers of sessions of which a hook left messages out: nothing may be fetched before they come back."""
 
     async def allowed(self) -> int:
         """Wait while the breaker is open; return how many messages may be fetched: one while it probes."""
@@ -45,7 +51,7 @@ class Intake:
         while breaker is not None and (state := breaker.state) is not BreakerState.CLOSED:
             if state is BreakerState.OPEN:
                 await breaker.wait_until_allowed()
-            elif runner.holds_any:  # that probes
+            elif runner.will_try:  # that probes
                 runner.breaker_moved.clear()
                 await runner.breaker_moved.wait()
             else:
@@ -53,19 +59,22 @@ class Intake:
         return MAX_COUNT
 
     async def fetch(
-        self, granted: int, receive: Receive, *, timeout: float, of_session: bool = False
+        self, granted: int, receive: Receive, *, timeout: float, of_session: bool = False, is_awaited: bool = False
     ) -> list[ReceivedMessage]:
         """Receive into the room that was granted, and give back what was not needed of it.
 
         The room of a session is its own as long as it is held; and it is let go after a receive without an answer.
+        What messages that are held wait for comes past the bound on bytes, which they may use up.
         """
         runner = self.runner
         messages: list[ReceivedMessage] = []
         reserved = 0.0
         try:
-            count, reserved = await runner.bytes.reserve(granted)
+            count = granted
+            if not is_awaited:
+                count, reserved = await runner.bytes.reserve(granted)
             call = partial(receive, count)
-            hooked = call if runner.chain.receive is None else partial(self._hooked, call)
+            hooked = call if runner.chain.receive is None else partial(self._hooked, call, of_session)
             messages = await self.persistently(hooked, timeout=timeout, once=NO_ANSWER if of_session else ())
         finally:
             if not of_session:
@@ -111,8 +120,13 @@ class Intake:
             is_bug = not isinstance(error, QueueRuntimeError)
             logger.warning("not all released, queue=%s: %s", runner.queue_name, error, exc_info=is_bug)
 
-    async def _hooked(self, call: Callable[[], Awaitable[list[ReceivedMessage]]]) -> list[ReceivedMessage]:
-        """Receive through the middleware, and release what it leaves out, or all when it fails."""
+    async def _hooked(
+        self, call: Callable[[], Awaitable[list[ReceivedMessage]]], of_session: bool
+    ) -> list[ReceivedMessage]:
+        """Receive through the middleware, and release what it leaves out, or all when it fails.
+
+        What it leaves out of a session comes back with the end of the hold on it, so that nothing overtakes it.
+        """
         assert self.runner.chain.receive is not None
         came: dict[Receipt, ReceivedMessage] = {}
 
@@ -126,6 +140,12 @@ class Intake:
             for message in messages:
                 came.pop(message.receipt, None)
             return messages
+        except QueueRuntimeError as error:
+            if came and of_session and error.is_transient:  # not to be tried again here
+                raise LeftOutError(str(error)) from error
+            raise
         finally:
-            if came:
+            if came and of_session:
+                self.left_out.update(receipt.receiver_id for receipt in came)
+            elif came:
                 self.runner.spawn(self.release([*came.values()]))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from queue_runtime.context import HandlerContext
 from queue_runtime.message import ReceivedMessage
 from queue_runtime.providers.base import Disposition, Outcome
+
+logger = logging.getLogger("queue_runtime.consumer")
 
 Fetch = Callable[[], Awaitable[list[ReceivedMessage]]]
 Next = Callable[[], Awaitable[None]]
@@ -25,7 +28,8 @@ class Middleware:
     async def receive(self, fetch: Fetch) -> list[ReceivedMessage]:
         """Around each receive: the messages that came, possibly none.
 
-        What it leaves out is released, and comes back. An error that passes is tried again after a pause.
+        What it leaves out is released, and comes back; a session is let go with it, after what it returned. An error
+        that passes is tried again after a pause.
         """
         return await fetch()
 
@@ -39,7 +43,8 @@ class Middleware:
     async def settle(self, message: ReceivedMessage, disposition: Disposition, call_next: Settle) -> Outcome:
         """Around the settlement of one message: ``await call_next(disposition)`` gives its outcome.
 
-        It may pass another disposition on. It must not raise: the message would come back when its lock ends.
+        It may pass another disposition on, and again after an error. It must not raise, nor leave ``call_next`` out:
+        the message would come back when its lock ends. What counts is what the last call came to.
         """
         return await call_next(disposition)
 
@@ -56,6 +61,32 @@ class Chain:
         self.receive = _around_receive(those("receive"))
         self.handle = _around_handle(those("handle"))
         self.settle = _around_settle(those("settle"))
+
+    async def settled(
+        self, message: ReceivedMessage, disposition: Disposition, settle: Settle
+    ) -> tuple[Disposition, Outcome]:
+        """Settle through the hooks; return the last disposition that they passed on, and what it came to.
+
+        Raises what a hook raises instead, or RuntimeError when none of them passed anything on.
+        """
+        assert self.settle is not None
+        last: tuple[Disposition, Outcome] | None = None
+
+        async def noted(disposition: Disposition) -> Outcome:
+            nonlocal last
+            if last is None or last[1] is not None:  # what is settled stays as it is
+                last = disposition, await settle(disposition)
+            return last[1]
+
+        try:
+            await self.settle(message, noted)(disposition)
+        except Exception:
+            if last is None:
+                raise
+            logger.exception("a hook failed after settling, message_id=%s", message.message_id)
+        if last is None:
+            raise RuntimeError("the middleware did not settle the message")
+        return last
 
 
 def _around_receive(middlewares: list[Middleware]) -> Callable[[Fetch], Fetch] | None:

@@ -29,11 +29,12 @@ class Room:
     Thread-safety: for one event loop's thread only.
     """
 
-    __slots__ = ("_closed", "_free", "_takers", "_watchers", "capacity")
+    __slots__ = ("_closed", "_free", "_kept", "_takers", "_watchers", "capacity")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._free = capacity
+        self._kept = 0
         self._takers: deque[_Taker] = deque()
         self._watchers: deque[asyncio.Future[None]] = deque()
         self._closed = False
@@ -62,14 +63,14 @@ class Room:
             The places that could be used.
         share:
             The largest part of the free places that may be taken, so that somebody who waits long for messages
-            leaves room to others.
+            leaves room to others. With less than 1.0, the places that are kept for others are left too.
         at_least:
             Wait until so many are free, for a batch that is worth its cost, or all there are; ``hurry`` ends such a
             wait.
         """
         if self._closed:
             return 0
-        if not self._takers and self._free >= min(at_least, self.capacity):
+        if not self._takers and self._suffices(at_least, share):
             return self._grant(wanted, share)
         taker = _Taker(asyncio.get_running_loop().create_future(), wanted, share, at_least)
         self._takers.append(taker)
@@ -99,12 +100,19 @@ class Room:
         self._free -= granted
         return granted
 
-    async def until_free(self, count: int) -> None:
-        """Wait until so many places are free, or all there are; take none."""
-        while self._free < min(count, self.capacity):
-            watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._watchers.append(watcher)
+    async def until_changed(self) -> None:
+        """Wait until places were given back and some are free, or until ``nudge``; take none."""
+        watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watchers.append(watcher)
+        try:
             await watcher
+        finally:
+            if watcher in self._watchers:  # cancelled
+                self._watchers.remove(watcher)
+
+    def nudge(self) -> None:
+        """Have those who watch look again: something else has changed."""
+        self._serve()
 
     def close(self) -> None:
         """Let nobody take anything any more."""
@@ -126,14 +134,27 @@ class Room:
         self.capacity = capacity
         self._serve()
 
+    def keep(self, count: int) -> None:
+        """Keep so many free places, less than there are, from those who take but a share."""
+        is_less = count < self._kept
+        self._kept = count
+        if is_less and self._takers:
+            self._serve()
+
     def hurry(self) -> None:
         """Let takers that wait for a large batch have what there is: there is nothing else to do."""
         for taker in self._takers:
             taker.at_least = 1
         self._serve()
 
+    def _suffices(self, at_least: int, share: float) -> bool:
+        kept = self._kept if share < 1.0 else 0
+        return self._free - kept >= max(1, min(at_least, self.capacity - kept))
+
     def _grant(self, wanted: int, share: float) -> int:
         granted = min(wanted, max(1, int(self._free * share)))
+        if share < 1.0:
+            granted = min(granted, self._free - self._kept)
         self._free -= granted
         return granted
 
@@ -144,7 +165,7 @@ class Room:
             taker = self._takers.popleft()
             if taker.future.done():
                 continue
-            if self._free < min(taker.at_least, self.capacity):
+            if not self._suffices(taker.at_least, taker.share):
                 waiting.append(taker)
             else:
                 taker.future.set_result(self._grant(taker.wanted, taker.share))
@@ -181,10 +202,8 @@ class ByteBound:
 
     async def reserve(self, wanted: int) -> tuple[int, float]:
         """Wait until there is room for a message; return how many of ``wanted`` fit, 1 at least, and their bytes."""
-        if self.limit is None:
-            return wanted, 0.0
         # With nothing held, who waits for messages keeps nobody else from waiting for some.
-        while self.held and self.held + self._expected + self._typical > self.limit:
+        while self.limit is not None and self.held and self.held + self._expected + self._typical > self.limit:
             taker = asyncio.get_running_loop().create_future()
             self._takers.append(taker)
             try:
@@ -192,6 +211,8 @@ class ByteBound:
             except asyncio.CancelledError:
                 self._wake()  # in case that it was this one's turn
                 raise
+        if self.limit is None:
+            return wanted, 0.0
         # A part of the room, as whoever waits long for messages must leave some to others.
         free = max(0.0, self.limit - self.held - self._expected)
         fitting = max(1, min(wanted, int(free * PART / self._typical)))
@@ -202,8 +223,8 @@ class ByteBound:
     def arrived(self, reserved: float, sizes: Sequence[int]) -> None:
         """Count what came for a reservation of so many bytes."""
         self.held += sum(sizes)
+        self._expected = max(0.0, self._expected - reserved)
         if self.limit is not None:
-            self._expected = max(0.0, self._expected - reserved)
             if sizes:
                 # Up at once, down slowly: the next receive must not take a hundred times what it reckoned with.
                 largest = max(sizes)

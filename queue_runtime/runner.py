@@ -113,7 +113,7 @@ class Runner:
         self.is_batch = config.handler_form == "batch"
         self.breaker = None if config.breaker is None else CircuitBreaker(config.breaker, client.clock, self._changed)
         self.breaker_moved = asyncio.Event()
-        """Set when the breaker has another state, or nothing is held any more."""
+        """Set when the breaker has another state, or nothing is held for a handler any more."""
         self.chain = Chain(config.middleware)
         self.prepaid: set[int] = set()
         """Receivers whose messages take no room of their own: it was taken for all that the session may hold."""
@@ -129,6 +129,7 @@ class Runner:
         self._can_delay = client.capabilities.abandon_delay
         self._held: dict[Receipt, _Run | None] = {}
         self._lost: set[Receipt] = set()
+        self._resting = 0
         self._running = 0
         self._calls = 0
         self._calls_began = 0.0
@@ -151,8 +152,9 @@ class Runner:
         )
 
     @property
-    def holds_any(self) -> bool:
-        return bool(self._held)
+    def will_try(self) -> bool:
+        """Whether anything is held for a handler; what only waits to be given back is not."""
+        return len(self._held) > self._resting
 
     # Holding.
 
@@ -178,7 +180,7 @@ class Runner:
             count -= sum(message.receipt.receiver_id in self.prepaid for message in messages)
         if count:
             self.room.give(count)
-        if self.breaker is not None and not self._held:
+        if self.breaker is not None and not self.will_try:
             self.breaker_moved.set()
 
     def pass_over(self, message: ReceivedMessage) -> None:
@@ -390,11 +392,14 @@ class Runner:
         error = None
         try:
             if disposition is not None:
-                if disposition.delay and self._waits_here(disposition):
-                    await self._unless_draining(sleep(self.client.clock, disposition.delay))
+                if disposition.delay and self.waits_here(disposition):
+                    await self._rest(disposition.delay)
                     disposition = ABANDON
-                settle = self._settle_one if self.chain.settle is None else self._settle_hooked
-                error = await settle(message, disposition)
+                if self.chain.settle is None:
+                    error = await self._settle_one(message, disposition)
+                else:
+                    disposition, error = await self._settle_hooked(message, disposition)
+                self._count(message, disposition, error)
         except asyncio.CancelledError:
             if disposition is not None:
                 self._count(message, disposition, _given_up())
@@ -407,7 +412,7 @@ class Runner:
         self, message: ReceivedMessage, disposition: Disposition | None, then: Callable[[Outcome], None]
     ) -> None:
         """Do the same, together with others where that is cheaper, without waiting; call ``then`` at the end."""
-        if disposition is None or self.chain.settle is not None or self._waits_here(disposition):
+        if disposition is None or self.chain.settle is not None or self.waits_here(disposition):
             self.spawn(self._settle_then(message, disposition, then))
             return
 
@@ -428,7 +433,7 @@ class Runner:
             alike.setdefault(disposition, []).append(message)
         outcomes: list[Outcome] = []
         for disposition, messages in alike.items():
-            if disposition is None or self.chain.settle is not None or self._waits_here(disposition):
+            if disposition is None or self.chain.settle is not None or self.waits_here(disposition):
                 outcomes += await asyncio.gather(*(self.settle(message, disposition) for message in messages))
                 continue
             try:
@@ -443,9 +448,18 @@ class Runner:
                 self.let_go(messages)
         return None not in alike and not any(outcomes)
 
-    def _waits_here(self, disposition: Disposition) -> bool:
+    def waits_here(self, disposition: Disposition) -> bool:
         """Whether the provider cannot delay, so that the message waits here with its lock renewed."""
         return disposition.delay > 0 and not self._can_delay
+
+    async def _rest(self, delay: float) -> None:
+        self._resting += 1
+        if not self.will_try:
+            self.breaker_moved.set()
+        try:
+            await self._unless_draining(sleep(self.client.clock, delay))
+        finally:
+            self._resting -= 1
 
     async def _settle_then(
         self, message: ReceivedMessage, disposition: Disposition | None, then: Callable[[Outcome], None]
@@ -454,20 +468,16 @@ class Runner:
 
     async def _settle_one(self, message: ReceivedMessage, disposition: Disposition) -> Outcome:
         try:
-            outcome = await self.client.settle(message.receipt, disposition)
+            return await self.client.settle(message.receipt, disposition)
         except Exception as bug:
-            outcome = unexpected(bug, self.client.provider_name)
-        self._count(message, disposition, outcome)
-        return outcome
+            return unexpected(bug, self.client.provider_name)
 
-    async def _settle_hooked(self, message: ReceivedMessage, disposition: Disposition) -> Outcome:
-        assert self.chain.settle is not None
+    async def _settle_hooked(self, message: ReceivedMessage, disposition: Disposition) -> tuple[Disposition, Outcome]:
+        """Settle through the middleware; return what came of it, whatever the middleware says."""
         try:
-            return await self.chain.settle(message, partial(self._settle_one, message))(disposition)
+            return await self.chain.settled(message, disposition, partial(self._settle_one, message))
         except Exception as bug:
-            error = unexpected(bug, self.client.provider_name)
-            self._count(message, disposition, error)
-            return error
+            return disposition, unexpected(bug, self.client.provider_name)
 
     def _count(self, message: ReceivedMessage, disposition: Disposition, error: QueueRuntimeError | None) -> None:
         if error is not None:
@@ -528,6 +538,9 @@ class Runner:
 
     async def _unless_draining(self, wait: Coroutine[Any, Any, None]) -> None:
         """Wait, at the longest until the drain begins."""
+        if not self.is_beginning:
+            wait.close()
+            return
         waiting = asyncio.ensure_future(wait)
         self._waits.add(waiting)
         try:

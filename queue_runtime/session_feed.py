@@ -16,7 +16,7 @@ from typing import Any, cast
 from queue_runtime.errors import QueueRuntimeError, SessionLockLostError
 from queue_runtime.feeds import cancelled
 from queue_runtime.handling import ConsumerConfig
-from queue_runtime.intake import NO_ANSWER, Intake
+from queue_runtime.intake import NO_ANSWER, Intake, LeftOutError
 from queue_runtime.message import ReceivedMessage
 from queue_runtime.providers.base import COMPLETE, Action, Disposition, Outcome
 from queue_runtime.room import Room
@@ -51,17 +51,20 @@ class SessionFeed:
         self.fetching: set[asyncio.Task[Any]] = set()
         self._timeout = float(config.receive_timeout)  # type: ignore[arg-type]  # seconds since its creation
         self._accepting = 0
+        self._room_taken = 0
         self._acceptors: list[asyncio.Task[None]] = []
         self._idlers: OrderedDict[asyncio.Future[Any], None] = OrderedDict()
 
     def start(self) -> None:
+        self.take_room(0)
         self._acceptors = [self.runner.spawn(self._accept()) for _ in range(min(ACCEPTORS, self.places.capacity))]
 
     def accept_anew(self) -> None:
         """Give up what waits for sessions, and begin to wait again."""
-        for acceptor in self._acceptors:
-            acceptor.cancel()
-        self.start()
+        if self.runner.is_beginning:
+            for acceptor in self._acceptors:
+                acceptor.cancel()
+            self.start()
 
     async def stop(self) -> None:
         await cancelled([*self._acceptors, *self.fetching])
@@ -71,18 +74,25 @@ class SessionFeed:
         """Whether others wait for what a session takes."""
         return self.places.is_wanted or self.runner.room.is_wanted
 
+    def take_room(self, count: int) -> None:
+        """Reckon with so many more places, or fewer, that sessions have taken; and have the other messages leave what
+        is missing to those of one session."""
+        self._room_taken += count
+        self.runner.room.keep(max(0, self.batch_size() - self._room_taken))
+
     def batch_size(self) -> int:
         """Messages that a session may hold: the room is to be enough for a quarter more sessions than handlers, so
         that another one is there when a handler is free."""
         handlers = self.runner.permits.capacity
         return max(1, min(self.batch, self.runner.room.capacity // (handlers + max(1, handlers // 4))))
 
-    async def wait_idly(self, session: Session, timeout: float) -> list[ReceivedMessage]:
+    async def wait_idly(self, session: Session, timeout: float, *, is_awaited: bool) -> list[ReceivedMessage]:
         """Wait for a message of a session that has none now, until the time is over or its place is wanted."""
         if not timeout or self.is_wanted:
             return []
         receive = partial(session.receive_messages, timeout=timeout)
-        waiting = asyncio.ensure_future(self.intake.fetch(1, receive, timeout=timeout, of_session=True))
+        fetch = self.intake.fetch(1, receive, timeout=timeout, of_session=True, is_awaited=is_awaited)
+        waiting = asyncio.ensure_future(fetch)
         self._idlers[waiting] = None
         try:
             await asyncio.wait([waiting])
@@ -120,22 +130,24 @@ class SessionFeed:
                     session = await intake.persistently(accept, timeout=self._timeout)
                 finally:
                     self._accepting -= 1
+                    runner.room.nudge()  # another acceptor may need less now
             finally:
                 if session is None:
                     self.places.give(1)
             if session is not None:
                 room = runner.room.take_now(self.batch_size())
+                self.take_room(room)
                 runner.spawn(_Holding(self, session, room).run())
 
     async def _room_for_a_batch(self) -> None:
         """Take no session that would wait for room while others could serve it."""
         room = self.runner.room
-        while room.free < (wanted := min(self.batch_size() * (self._accepting + 1), room.capacity)):
+        while room.free < min(self.batch_size() * (self._accepting + 1), room.capacity):
             if self._idlers:
                 self._end_idling()
                 await asyncio.sleep(0)
             else:
-                await room.until_free(wanted)
+                await room.until_changed()
 
     def _end_idling(self) -> None:
         """Let the session go that has been idle for longest."""
@@ -171,7 +183,7 @@ class _Holding:
         runner.prepaid.add(session.receiver_id)
         try:
             await self._serve()
-        except (SessionLockLostError, *NO_ANSWER) as error:
+        except (SessionLockLostError, LeftOutError, *NO_ANSWER) as error:
             logger.warning("session let go, queue=%s session_id=%s: %s", runner.queue_name, session.session_id, error)
         finally:
             try:
@@ -181,6 +193,8 @@ class _Holding:
             finally:
                 runner.let_go(self._buffer)  # closing the session released them
                 runner.prepaid.discard(session.receiver_id)
+                self._feed.intake.left_out.discard(session.receiver_id)
+                self._feed.take_room(-self._room)
                 runner.room.give(self._room)
                 counters.sessions_open -= 1
                 self._feed.places.give(1)
@@ -188,16 +202,21 @@ class _Holding:
 
     async def _serve(self) -> None:
         feed, runner, buffer = self._feed, self._runner, self._buffer
-        if not self._room:  # others were quicker
+        if not self._room and runner.is_beginning:  # others were quicker
             with self._cancellable():
                 self._room = await runner.room.take(feed.batch_size(), at_least=feed.batch_size())
+            feed.take_room(self._room)
         left = feed.turn
         while runner.is_beginning and not self._is_broken:
             if not buffer:
+                if self._is_left_out:
+                    return
                 if left <= 0:
                     if feed.is_wanted:
                         return
                     left = feed.turn
+                if self._settling >= self._room:
+                    await self._all_settled()
                 messages = await self._fetch(min(self._batch_size(), left)) or await self._wait_idly(feed.idle)
                 if not messages:
                     return
@@ -208,6 +227,10 @@ class _Holding:
             goes_on = await (self._handle_batch() if runner.is_batch else self._handle_one())
             if not goes_on:
                 return
+
+    @property
+    def _is_left_out(self) -> bool:
+        return self._session.receiver_id in self._feed.intake.left_out
 
     def _batch_size(self) -> int:
         return 1 if self._session.session_id in self._feed.failing else max(1, self._room - self._settling)
@@ -254,8 +277,9 @@ class _Holding:
         is_local = self._runner.client.settles_at_once
         patience = 0.0 if is_local and not disposition.delay else disposition.delay + COMES_BACK
         is_long = disposition.delay > SHORT_DELAY
-        again = await (self._wait_idly(patience) if is_long else self._fetch(1, patience))
-        if not again and (is_long or not is_local):
+        # Whatever the bounds and the breaker say: those that are held wait for it.
+        again = await (self._wait_idly(patience, is_awaited=True) if is_long else self._fetch_again(patience))
+        if self._is_left_out or (not again and (is_long or not is_local)):
             return False  # it may be a dead letter, or late: whatever comes next must be asked for
         ordered = sorted([*again, *self._buffer], key=lambda held: held.sequence_number or 0)
         self._buffer.clear()
@@ -269,9 +293,14 @@ class _Holding:
             count = min(wanted, await intake.allowed())
             return await intake.fetch(count, receive, timeout=timeout, of_session=True)
 
-    async def _wait_idly(self, timeout: float) -> list[ReceivedMessage]:
+    async def _fetch_again(self, timeout: float) -> list[ReceivedMessage]:
+        receive = partial(self._session.receive_messages, timeout=timeout)
         with self._cancellable():
-            return await self._feed.wait_idly(self._session, timeout)
+            return await self._feed.intake.fetch(1, receive, timeout=timeout, of_session=True, is_awaited=True)
+
+    async def _wait_idly(self, timeout: float, *, is_awaited: bool = False) -> list[ReceivedMessage]:
+        with self._cancellable():
+            return await self._feed.wait_idly(self._session, timeout, is_awaited=is_awaited)
 
     @contextlib.contextmanager
     def _cancellable(self) -> Any:
