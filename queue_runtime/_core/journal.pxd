@@ -69,6 +69,7 @@ cdef class Journal(Records):
     cdef int file
     cdef Py_ssize_t mark                # below it in the buffer: what happened by itself, and may wait
     cdef bint ragged                    # behind `offset` there may be a part of what could not be written
+    cdef Py_ssize_t patience            # bytes that wait before `relax` tries again what failed
     cdef public object failure          # an OSError: why nothing can be written for now
 
     cdef void begin(self) noexcept

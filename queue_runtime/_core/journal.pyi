@@ -7,6 +7,9 @@ from queue_runtime.errors import ProviderError
 
 NO_ROOM: frozenset[int]
 
+class Gone(OSError): ...
+
+def failed(error: OSError) -> ProviderError: ...
 def refusal_of(error: OSError) -> ProviderError: ...
 
 @disjoint_base

@@ -269,8 +269,9 @@ cdef class Journal(Records):
 
     cdef int relax(self) except -1:
         """After what happened by itself: write when very much waits. Where that fails it goes on waiting."""
-        if self.used >= PLENTY and self.failure is None:
-            self.write()
+        if self.used >= max(PLENTY, self.patience) and self.failure is None:
+            # Each attempt costs as much as waits: those that fail have to become rare.
+            self.patience = 0 if self.write() is None else 2 * self.used
         return 0
 
     cdef object write(self):
@@ -330,8 +331,14 @@ cdef class Journal(Records):
         self.live_bytes -= message._size + OVERHEAD
 
 
-cdef object failed(error):
-    """What a caller gets while the journal's owner repairs it."""
+class Gone(OSError):
+    """Why a journal takes nothing any more: it was closed, or belongs to another process."""
+
+
+def failed(error not None):
+    """What a caller gets while the journal's owner repairs it, or for good, as it is gone."""
+    if isinstance(error, Gone):
+        return ProviderError("memory", "journal-failed", f"the journal cannot be written: {error}")
     refused = ProviderError("memory", "journal-failed", f"the journal is being repaired: {error}", is_transient=True)
     refused.retry_after = 1.0
     refused.__cause__ = error

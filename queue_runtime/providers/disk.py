@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import ClassVar
@@ -27,6 +29,9 @@ else:
 
 _LOCK_AT = 1 << 20
 """Where in the file the lock is: beyond the text, which can so be read where locked bytes cannot."""
+
+NAME = re.compile(r"(log|snapshot)-([0-9]{12,18})\.(journal|part)")
+"""Of the files that are ours; whatever else is in the directory is let alone."""
 
 Job = tuple[Callable[[], object], Callable[[OSError | None], object]]
 
@@ -62,6 +67,11 @@ class DirectoryLock:
         os.ftruncate(self._file, 0)
         os.lseek(self._file, 0, os.SEEK_SET)
         os.write(self._file, b"%d\n" % os.getpid())
+
+    @classmethod
+    def forget(cls) -> None:
+        """In a child that was forked: it holds nothing, and asks the system again."""
+        cls._held.clear()
 
     def release(self) -> None:
         """Safe to call twice."""
@@ -109,3 +119,53 @@ def _work(jobs: SimpleQueue[Job | None]) -> None:
             error = raised
         done(error)
         del given, job, done  # or else they would live until the next job
+
+
+# What it does with the journal's files.
+
+
+def sync_directory(directory: Path) -> None:
+    if os.name == "nt":  # it has no such thing
+        return
+    file = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def sync_files(old: list[int], newest: int, directories: Iterable[Path]) -> None:
+    """The full files first: what is in the newest follows what is in them."""
+    for file in old:
+        os.fsync(file)
+    getattr(os, "fdatasync", os.fsync)(newest)
+    for directory in directories:
+        with contextlib.suppress(PermissionError):  # one above ours that we may write to and not read
+            sync_directory(directory)
+    close_all(old)
+
+
+def close_all(files: Iterable[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
+
+
+def put_in_place(path: Path, directory: Path, covered: int) -> None:
+    """The snapshot is whole: sync it, give it its name, and remove what it replaces."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(path, path.with_suffix(".journal"))
+    sync_directory(directory)
+    for other in directory.iterdir():
+        found = NAME.fullmatch(other.name)
+        if found is not None and found[3] == "journal" and int(found[2]) < covered + (found[1] == "log"):
+            other.unlink()

@@ -18,6 +18,7 @@ from queue_runtime.providers.memory import (
     InMemorySessionReceiver,
     _Broker,
     _Queue,
+    _shared,
 )
 from queue_runtime.providers.store import Store
 
@@ -64,7 +65,16 @@ class DurableProvider(InMemoryProvider):
     _broker_type = _DurableBroker
 
     def __init__(self, config: InMemoryConfig, *, clock: Clock) -> None:
-        super().__init__(config, clock=clock)
+        try:
+            super().__init__(config, clock=clock)
+        except BaseException:
+            broker = cast(_DurableBroker | None, getattr(self, "_broker", None))
+            if broker is not None:  # one of the queues could not be written
+                broker.users -= 1
+                if not broker.users:
+                    _shared.pop(config.name, None)
+                    broker.store.abandon("it could not be opened")
+            raise
         self._store = cast(_DurableBroker, self._broker).store
         self._store.users += 1
 
@@ -93,6 +103,7 @@ class DurableProvider(InMemoryProvider):
                     queue.look()
             if taken == count or error is not None or self._config.on_full != "wait":
                 break
+            store.changed()
             await queue.wait(queue.senders, self._waits, float("inf"), again=again)
             again = True
             if self._closed:

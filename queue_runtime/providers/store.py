@@ -13,18 +13,28 @@ import logging
 import os
 import struct
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
 from queue_runtime._core.engine import Engine
-from queue_runtime._core.journal import Journal, refusal_of
+from queue_runtime._core.journal import Gone, Journal, failed, refusal_of
 from queue_runtime._core.recovery import Recovery, Snapshot, checksum, has_record
 from queue_runtime.clock import Clock, Timer
 from queue_runtime.errors import ConfigurationError, ProviderError
-from queue_runtime.providers.disk import DirectoryLock, Disk
+from queue_runtime.providers.disk import (
+    NAME,
+    DirectoryLock,
+    Disk,
+    append,
+    close_all,
+    put_in_place,
+    sync_directory,
+    sync_files,
+    write_new,
+)
 
 logger = logging.getLogger("queue_runtime")
 
@@ -42,6 +52,9 @@ PIECE = 256 << 10
 """Bytes of a snapshot that are made at once, in about half a millisecond."""
 REPAIR_PAUSE = 1.0
 """Seconds between attempts to repair a journal that could not be synced."""
+
+
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
 
 
 def header(kind: int, segment: int) -> bytes:
@@ -88,6 +101,9 @@ class Store:
         self._synced = 0
         self._compact_above = 0
         with _told("be used", directory):
+            made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+            self._unsynced = [self.directory, *(path.parent for path in made)]
+            """Directories that may have a name the disk does not know yet."""
             self.directory.mkdir(parents=True, exist_ok=True)
             if not os.access(directory, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), directory)
@@ -95,25 +111,28 @@ class Store:
         self._disk = Disk()
         try:
             with _told("be used", directory):
-                self.journal = self._recover(make)
+                self._recover(make)
         except BaseException:
             self._lock.release()
             raise
         self._finalizer = weakref.finalize(self, self._disk.end)
+        _stores.add(self)
 
     # Opening.
 
-    def _recover(self, make: Callable[[str], Engine]) -> Journal:
+    def _recover(self, make: Callable[[str], Engine]) -> None:
         logs, snapshots = self._listed()
         recovery = Recovery(make, self._clock.monotonic(), self._clock.time())
         base = max(snapshots, default=0)
         total = 0
-        for segment in [number for number in logs if number <= base]:
-            logs.pop(segment).unlink()  # a compaction was cut short after its snapshot was whole
-        for segment in snapshots.keys() - {base}:
-            snapshots[segment].unlink()
+        replaced = [snapshots[segment] for segment in sorted(snapshots.keys() - {base})]
+        replaced += [logs.pop(segment) for segment in sorted(logs) if segment <= base]
         if snapshots:
             total += self._read(snapshots[base], SNAPSHOT, base, recovery)
+        if replaced:  # a compaction was cut short after its snapshot was whole
+            sync_directory(self.directory)
+            for path in replaced:
+                path.unlink()
         if not logs and not snapshots:
             logs[1] = self._create(1)
         for expected in range(base + 1, max(logs, default=base + 1) + 1):
@@ -123,7 +142,7 @@ class Store:
         for segment in sorted(logs):
             total += self._read(logs[segment], LOG, segment, recovery, newest=segment == newest)
         self._file = _open(logs[newest])
-        journal = Journal(
+        self.journal = journal = Journal(
             self._file,
             newest,
             logs[newest].stat().st_size,
@@ -135,23 +154,24 @@ class Store:
         for number, engine in recovery.queues.items():
             engine.attach(journal, number)
         recovery.finish()
-        return journal
 
     def _listed(self) -> tuple[dict[int, Path], dict[int, Path]]:
         logs: dict[int, Path] = {}
         snapshots: dict[int, Path] = {}
         for path in sorted(self.directory.iterdir()):
-            kind, _, number = path.stem.partition("-")
-            if path.suffix == ".part":
-                path.unlink()  # of a compaction that was cut short
-            elif path.suffix == ".journal" and number.isdecimal() and kind in ("log", "snapshot"):
+            if (found := NAME.fullmatch(path.name)) is None:
+                continue  # somebody else's
+            kind, number, suffix = found.groups()
+            if suffix == "journal":
                 (logs if kind == "log" else snapshots)[int(number)] = path
+            elif kind == "snapshot":
+                path.unlink()  # of a compaction that was cut short
         return logs, snapshots
 
     def _read(self, path: Path, kind: int, segment: int, recovery: Recovery, *, newest: bool = False) -> int:
         """Read one file; return its size. What is torn off at the end of the newest log is cut away."""
         size = path.stat().st_size
-        if newest and size < HEADER_SIZE:
+        if newest and (size < HEADER_SIZE or _is_blank(path)):
             path.write_bytes(header(kind, segment))
             return HEADER_SIZE
         with path.open("rb") as file:
@@ -179,7 +199,10 @@ class Store:
                     raise _damaged(path, end, "there is no right record")
                 followed = has_record(content, segment, end + 1)
                 if followed:
-                    path.with_suffix(f".torn-{end}").write_bytes(content[end:])
+                    with path.with_suffix(f".torn-{end}").open("wb") as aside:
+                        aside.write(content[end:])
+                        aside.flush()
+                        os.fsync(aside.fileno())
         logger.warning(
             "journal: cut off what could not be read at the end of the newest file",
             extra={"file": str(path), "offset": end, "bytes": size - end, "kept_aside": followed},
@@ -225,20 +248,35 @@ class Store:
     def changed(self) -> None:
         """To be called after changes: sees to what has to be done in the background."""
         journal = self.journal
-        if self._fsync == "interval" and self._timer is None and not self._syncing and journal.written != self._synced:
-            self._bind()
-            self._timer = self._clock.call_later(self._interval, self._sync)
+        if isinstance(journal.failure, Gone):
+            return
+        self._bind()
+        self._arm()
         garbage = journal.total_bytes - journal.live_bytes
         if garbage > LEAST_GARBAGE and garbage > journal.live_bytes and journal.total_bytes > self._compact_above:
-            self._bind()
             self.compact()
+
+    def _arm(self) -> None:
+        """See that what was written will be synced, where that is done by the time."""
+        journal = self.journal
+        if (
+            self._fsync == "interval"
+            and self._timer is None
+            and not self._syncing
+            and journal.written != self._synced
+            and journal.failure is None
+        ):
+            self._timer = self._clock.call_later(self._interval, self._sync)
 
     async def kept(self) -> ProviderError | None:
         """Wait until all that was written so far is on the disk; return None, or why it may not be there."""
-        self._bind()
         goal = self.journal.written
         if goal <= self._synced:
             return None
+        if not isinstance(self.journal.failure, Gone):
+            self._bind()
+        if self.journal.failure is not None:  # that a sync succeeds now would prove nothing
+            return failed(self.journal.failure)
         assert self._loop is not None
         future: asyncio.Future[ProviderError | None] = self._loop.create_future()
         self._waiters.append((goal, future))
@@ -251,6 +289,8 @@ class Store:
         if loop is not self._loop:
             self._forget_loop()
             self._loop = loop
+            if self.journal.failure is not None:
+                self.compact()
 
     def _forget_loop(self) -> None:
         """What was under way on another event loop will not come back."""
@@ -278,17 +318,29 @@ class Store:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self.journal.failure is not None:
+            return
         self._syncing = True
         old, self._old = self._old, []
+        if old and self.directory not in self._unsynced:
+            self._unsynced.append(self.directory)
         self._submit(
-            partial(_sync_files, old, self._file, self.directory if old else None),
+            partial(self._sync_now, old, self._file, list(self._unsynced)),
             partial(self._sync_ended, self.journal.written, old),
         )
+
+    def _sync_now(self, old: list[int], newest: int, directories: list[Path]) -> None:
+        try:
+            sync_files(old, newest, directories)
+        except OSError as error:
+            self.journal.failure = error  # at once, whatever becomes of the event loop
+            raise
 
     def _sync_ended(self, goal: int, old: list[int], error: OSError | None) -> None:
         self._syncing = False
         if error is None:
             self._synced = goal
+            self._unsynced = []
         else:
             self._old = old + self._old
             self._break(error)
@@ -301,6 +353,8 @@ class Store:
         self._waiters = waiting
         if waiting:
             self._sync()
+        else:
+            self._arm()
 
     def _break(self, error: OSError) -> None:
         """What was not synced may be lost, whatever a later sync says: only what is written anew can be relied on."""
@@ -330,7 +384,7 @@ class Store:
         self._repairs = self.journal.failure is not None
         path = self.directory / f"snapshot-{covered:012}.part"
         start = header(SNAPSHOT, covered)
-        self._submit(partial(_write_new, path, start), partial(self._tell, path, covered, before, len(start)))
+        self._submit(partial(write_new, path, start), partial(self._tell, path, covered, before, len(start)))
 
     def _tell(self, path: Path, covered: int, before: int, size: int, error: OSError | None) -> None:
         """Write the next piece of the snapshot; the event loop goes on in between."""
@@ -339,11 +393,11 @@ class Store:
             return
         records = self._snapshot.more(PIECE, self._clock.monotonic(), self._clock.time())
         if records is None:
-            job = partial(_put_in_place, path, self.directory, covered)
+            job = partial(put_in_place, path, self.directory, covered)
             self._submit(job, partial(self._compacted, before, size))
             return
         piece = records.take(covered, size)
-        self._submit(partial(_append, path, piece), partial(self._tell, path, covered, before, size + len(piece)))
+        self._submit(partial(append, path, piece), partial(self._tell, path, covered, before, size + len(piece)))
 
     def _compacted(self, before: int, size: int, error: OSError | None) -> None:
         if error is not None:
@@ -354,6 +408,8 @@ class Store:
         if self._repairs:  # nothing was written meanwhile: the snapshot has it all
             self.journal.failure = None
             self._synced = self.journal.written
+            close_all(self._old)
+            self._old = []
         elif self.journal.failure is not None:
             self.compact()
 
@@ -374,6 +430,9 @@ class Store:
 
     async def close(self) -> None:
         """Write and sync what waits, end the thread, give the directory back."""
+        if isinstance(self.journal.failure, Gone):  # the thread stayed with the process that forked
+            self.abandon("the provider is closed")
+            return
         self._bind()
         error = self.journal.flush()
         if error is None and self._fsync != "never" and self.journal.written > self._synced:
@@ -392,9 +451,19 @@ class Store:
         self._finalizer()
         while self._disk.is_alive:  # noqa: ASYNC110 - it ends within microseconds
             await asyncio.sleep(0)
-        for file in [*self._old, self._file]:
-            os.close(file)
+        self.abandon("the provider is closed")
+
+    def abandon(self, why: str) -> None:
+        """Give the files back as they are; nothing is written any more."""
+        self.journal.failure = Gone(why)
+        close_all([*self._old, self._file])
         self._lock.release()
+
+    def forked(self) -> None:
+        """In the child: the parent goes on, and what both wrote would be in the same places of the same files."""
+        self.journal.failure = Gone(
+            "this process was forked from the one that uses the directory; open another path here, or fork before"
+        )
 
 
 def _open(path: Path) -> int:
@@ -402,7 +471,17 @@ def _open(path: Path) -> int:
 
 
 def _damaged(path: Path, offset: int, problem: str) -> ConfigurationError:
-    return ConfigurationError("path", f"the journal is damaged: {path}, at byte {offset}: {problem}")
+    return ConfigurationError(
+        "path",
+        f"the journal is damaged: {path}, at byte {offset}: {problem}; "
+        "restore the directory from a copy, or move it away to begin without what was in it",
+    )
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether there are nothing but zeros: of a new file, a loss of power may have left no more than its length."""
+    with path.open("rb") as file:
+        return not file.read(HEADER_SIZE).strip(b"\0") and not file.read().strip(b"\0")
 
 
 @contextlib.contextmanager
@@ -418,47 +497,11 @@ def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., object],
         loop.call_soon_threadsafe(callback, *arguments)
 
 
-# What the thread does.
+def _forked() -> None:
+    DirectoryLock.forget()
+    for store in list(_stores):
+        store.forked()
 
 
-def _sync_directory(directory: Path) -> None:
-    if os.name == "nt":  # it has no such thing
-        return
-    file = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _sync_files(old: Iterable[int], newest: int, directory: Path | None) -> None:
-    """The full files first: what is in the newest follows what is in them."""
-    old = list(old)
-    for file in old:
-        os.fsync(file)
-    getattr(os, "fdatasync", os.fsync)(newest)
-    if directory is not None:
-        _sync_directory(directory)
-    for file in old:
-        os.close(file)
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
-def _append(path: Path, data: bytes) -> None:
-    with path.open("ab") as file:
-        file.write(data)
-
-
-def _put_in_place(path: Path, directory: Path, covered: int) -> None:
-    """The snapshot is whole: sync it, give it its name, and remove what it replaces."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(path, path.with_suffix(".journal"))
-    _sync_directory(directory)
-    for other in directory.iterdir():
-        kind, _, number = other.stem.partition("-")
-        if other.suffix == ".journal" and number.isdecimal() and int(number) < covered + (kind == "log"):
-            other.unlink()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -303,7 +303,7 @@ async def test_a_sync_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "_sync_files", fail)
+        patched.setattr(store, "sync_files", fail)
         first = asyncio.create_task(provider.send("q", [Message(body=b"x", message_id="1")]))
         second = asyncio.create_task(provider.send("q", [Message(body=b"x", message_id="2")]))
         for send in (first, second):
