@@ -175,6 +175,8 @@ class QueueClient:
         """
         self._check_open()
         check_queue_name(queue_name)
+        if isinstance(messages, Message):
+            raise ValidationError("messages", "must be several; send_message takes one")
         return await self.send_as_they_are(
             queue_name, [self._outgoing(message, f"messages[{place}]") for place, message in enumerate(messages)]
         )

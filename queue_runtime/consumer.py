@@ -112,6 +112,8 @@ class Consumer:
 
         Raises ConfigurationError for a limit below 1.
         """
+        if not isinstance(limits, Limits):
+            raise ValidationError("limits", f"must be Limits, not {type(limits).__name__}")
         for field, value in limits._asdict().items():
             integer(field, value, minimum=2 if field == "prefetch" and len(self._feeds) == 2 else 1)
         self._limits = limits

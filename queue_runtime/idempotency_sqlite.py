@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import queue
 import sqlite3
@@ -22,6 +23,8 @@ from queue_runtime.errors import (
     QueueRuntimeError,
     ServiceUnavailableError,
 )
+
+logger = logging.getLogger("queue_runtime.idempotency")
 
 DAY = 86_400.0
 BUSY_TIMEOUT = 5.0
@@ -60,8 +63,8 @@ class SQLiteIdempotencyStore:
     Parameters
     ----------
     path:
-        The file, made at the first use; its directory must be there, on a disk of this machine: the write-ahead
-        log of SQLite does not work over a network.
+        The file, made by ``async with`` or at the first use; its directory must be there, on a disk of this machine:
+        the write-ahead log of SQLite does not work over a network.
     window:
         Seconds for which a key is remembered after it was last marked. What is older is deleted along with later
         marks, so the file holds about as many keys as are marked in a window, and does not grow beyond.
@@ -74,7 +77,7 @@ class SQLiteIdempotencyStore:
     Whatever many tasks ask and mark at the same time travels together, in one transaction, through a thread that
     begins with the first use and ends with ``close``. A cancelled ``mark`` is still done.
 
-    Raises ConfigurationError for a bad parameter, and at the first use for a path that cannot be used. Later
+    Raises ConfigurationError for a bad parameter, and, in ``async with`` already, for a path that cannot be used. Later
     ServiceUnavailableError, when others keep the file locked for 5 s, or ProviderError, such as for a full disk; the
     next call tries again.
 
@@ -106,6 +109,14 @@ class SQLiteIdempotencyStore:
         self._closed = False
 
     async def __aenter__(self) -> Self:
+        """Open the file: of a path that cannot be used, every message would have a failure to its count."""
+        try:
+            await self._ask([_encoded("opened")], is_mark=False)
+        except ConfigurationError:
+            await self.close()
+            raise
+        except QueueRuntimeError as error:
+            logger.warning("not opened yet, path=%s: %s", self._path, error)
         return self
 
     async def __aexit__(

@@ -136,6 +136,8 @@ async def test_only_messages_are_sent(client: QueueClient, message: Any) -> None
     with pytest.raises(ValidationError) as caught:
         await client.send_messages(QUEUE, [Message(body=b"x"), message])
     assert caught.value.field == "messages[1]"
+    with pytest.raises(ValidationError, match="messages: must be several; send_message takes one"):
+        await client.send_messages(QUEUE, Message(body=b"x"))  # type: ignore[arg-type]
     assert await client.receive_message(QUEUE, 0) is None
 
 

@@ -24,7 +24,7 @@ from queue_runtime import (
     SessionProcessor,
 )
 from queue_runtime.clock import settle_tasks
-from queue_runtime.errors import ConfigurationError
+from queue_runtime.errors import ConfigurationError, ValidationError
 from queue_runtime.room import ByteBound, Room
 
 
@@ -176,6 +176,8 @@ async def test_limits_move_while_it_runs() -> None:
         for field in ("concurrency", "prefetch", "pollers", "sessions"):
             with pytest.raises(ConfigurationError, match=field):
                 consumer.set_limits(consumer.limits._replace(**{field: 0}))
+        with pytest.raises(ValidationError, match="limits: must be Limits, not int"):
+            consumer.set_limits(5)  # type: ignore[arg-type]
 
 
 async def test_the_source_says_what_is_received() -> None:

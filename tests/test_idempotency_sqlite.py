@@ -128,7 +128,7 @@ async def test_many_marks_become_few_commits(path: Path, monkeypatch: pytest.Mon
     async with SQLiteIdempotencyStore(path) as store:
         await asyncio.gather(*(store.mark([str(number)]) for number in range(2500)))
         assert len(await store.done([str(number) for number in range(2500)])) == 2500
-    assert sum(batches) == 2501
+    assert sum(batches) == 2502, "the file is opened with a question, too"
     assert max(batches) <= 1000
     assert len(batches) < 100
 
@@ -264,8 +264,13 @@ def another_file(path: Path) -> Path:
 
 @pytest.mark.parametrize("make", [no_directory, a_directory, another_file])
 async def test_a_path_that_cannot_be_used_is_named(path: Path, make: Callable[[Path], Path]) -> None:
-    """[C33] At the first use, and at each: when it is put right, the next call goes well."""
+    """[C33] In ``async with``; else at the first use, and at each: when it is put right, the next call goes well."""
     place = await asyncio.to_thread(make, path)
+    before = threads()
+    with pytest.raises(ConfigurationError, match="path: "):
+        async with SQLiteIdempotencyStore(place):
+            pytest.fail("no message may be handled with it")
+    assert threads() == before
     store = SQLiteIdempotencyStore(place)
     for call in (store.mark(["a"]), store.done(["a"])):
         with pytest.raises(ConfigurationError) as caught:
