@@ -118,7 +118,10 @@ class ProgressWatch:
         self._consumer = consumer
         self._clock = consumer.clock
         self._stall_after = stall_after
+        self._pause = stall_after / LOOKS
         self._timer: Timer | None = None
+        self._due = 0.0
+        """The time of the next look."""
         self._seen = (0, 0)
         self._moved_at = 0.0
         self._stalls: dict[Stall, float] = {}
@@ -129,7 +132,7 @@ class ProgressWatch:
         """Look from now on."""
         self._moved_at = self._clock.monotonic()
         if self._stall_after < math.inf:
-            self._timer = self._clock.call_later(self._stall_after / LOOKS, self._look)
+            self._arm(self._moved_at)
 
     def stop(self) -> None:
         """Look no more. Safe to call twice."""
@@ -147,9 +150,17 @@ class ProgressWatch:
         """Seconds since anything was received or a handler ended, as far as the looks tell."""
         return self._clock.monotonic() - self._moved_at
 
+    def _arm(self, now: float) -> None:
+        self._due = now + self._pause
+        self._timer = self._clock.call_later(self._pause, self._look)
+
     def _look(self) -> None:
-        self._timer = self._clock.call_later(self._stall_after / LOOKS, self._look)
         now = self._clock.monotonic()
+        is_late = now > self._due + self._pause
+        self._arm(now)
+        if is_late:  # the loop did not turn, or the whole process was stopped: nothing could move
+            self._moved_at = now
+            return
         try:
             progress = self._consumer.progress()
             if (progress.received, progress.handled) != self._seen or not (progress.running or progress.waiting):

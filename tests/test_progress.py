@@ -171,3 +171,20 @@ async def test_whoever_moves_in_time_is_never_told(steps: list[tuple[int, bool]]
             still = 5.0
             assert not watch.problems
     watch.stop()
+
+
+async def test_what_could_not_move_does_not_stand_still(caplog: pytest.LogCaptureFixture) -> None:
+    """A process that was stopped, by a debugger or with its machine, begins anew to count."""
+    body = Body()
+    watch = ProgressWatch(body, 20.0)
+    watch.start()
+    body.goes(running=2, fetch_due=3.0)
+    await body.clock.advance(1)
+    body.clock._now += 3600  # no timer fires meanwhile
+    await body.clock.advance(0)
+    body.goes(fetch_due=None)  # the answer was there already
+    await body.clock.advance(19)
+    assert (watch.problems, body.fetches, caplog.text) == ((), 0, "")
+    await body.clock.advance(10)
+    assert "no handler of queue orders has ended for 20 s" in watch.problems[0]
+    watch.stop()
