@@ -48,6 +48,14 @@ class _Home(NamedTuple):
     queue_name: str
 
 
+class _Retired(NamedTuple):
+    """A lane on which nothing is received any more."""
+
+    lane: Lane
+    until: float
+    """When the locks that nobody renews have run out, by the monotonic clock."""
+
+
 class Links:
     """The open receivers of one client, each with its lane.
 
@@ -66,7 +74,7 @@ class Links:
         self.dead_letters: dict[str, Lane] = {}
         self._homes: dict[int, _Home] = {}
         self._opening: dict[tuple[str, bool], asyncio.Lock] = {}
-        self._retired: dict[int, Lane] = {}
+        self._retired: dict[int, _Retired] = {}
         self._lost_sessions: dict[int, None] = {}
         self._sweep_timer: Timer | None = None
         self._ends: set[asyncio.Task[None]] = set()
@@ -185,7 +193,7 @@ class Links:
         if home.lanes.get(home.queue_name) is lane:
             del home.lanes[home.queue_name]
         self._note(why)
-        self._retired[receiver_id] = lane
+        self._retired[receiver_id] = _Retired(lane, self._clock.monotonic() + lane.receiver.lock_duration)
         self._sweep()
 
     def session_lost(self, receiver_id: int) -> None:
@@ -220,14 +228,15 @@ class Links:
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
             self._sweep_timer = None
-        for receiver_id, lane in list(self._retired.items()):
-            if self._renewer is None or not self._renewer.holds(receiver_id):
+        now = self._clock.monotonic()
+        for receiver_id, (lane, until) in list(self._retired.items()):
+            if now >= until if self._renewer is None else not self._renewer.holds(receiver_id):
                 del self._retired[receiver_id]
                 task = asyncio.get_running_loop().create_task(self._end(lane))
                 self._ends.add(task)
                 task.add_done_callback(self._ended)
         if self._retired and not self.is_closed:
-            pause = max(lane.receiver.lock_duration for lane in self._retired.values())
+            pause = max(lane.receiver.lock_duration for lane, _ in self._retired.values())
             self._sweep_timer = self._clock.call_later(pause, self._sweep)
 
     async def _end(self, lane: Lane) -> None:

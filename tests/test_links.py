@@ -156,6 +156,26 @@ async def test_what_a_retired_receiver_delivered_is_settled_on_it(
         await client.complete_message(message)
 
 
+async def test_it_is_so_for_the_time_of_a_lock_where_none_is_renewed(recorder: Recorder, clock: ManualClock) -> None:
+    """[C41]"""
+    config = InMemoryConfig(
+        settle_interval=0.0001, settle_batch_size=1, lock_duration=LOCK, max_lock_renewal=0, retry=NoRetry()
+    )
+    async with QueueClient(config, clock=clock) as client:
+        await sent(client, 2)
+        messages = [await one(client), await one(client)]
+        recorder.receive_faults.append(fail(ConnectionFailedError("reset")))
+        with pytest.raises(ConnectionFailedError):
+            await client.receive_message(QUEUE, 0)
+        await clock.advance(LOCK * 0.5)
+        await client.complete_message(messages[0])
+        assert recorder.open
+        await clock.advance(LOCK * 0.6)
+        assert not recorder.open
+        with pytest.raises(InvalidReceiptError):
+            await client.complete_message(messages[1])
+
+
 async def test_what_a_lost_receiver_delivered_cannot_be_settled(
     client: QueueClient, recorder: Recorder, clock: ManualClock
 ) -> None:
