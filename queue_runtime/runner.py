@@ -464,7 +464,11 @@ class Runner:
     async def _settle_then(
         self, message: ReceivedMessage, disposition: Disposition | None, then: Callable[[Outcome], None]
     ) -> None:
-        then(await self.settle(message, disposition))
+        outcome: Outcome = _given_up()  # if this is cancelled: a session waits to be told
+        try:
+            outcome = await self.settle(message, disposition)
+        finally:
+            then(outcome)
 
     async def _settle_one(self, message: ReceivedMessage, disposition: Disposition) -> Outcome:
         try:
