@@ -11,7 +11,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Malloc
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF, Py_XDECREF
-from libc.math cimport INFINITY, isfinite
+from libc.math cimport INFINITY, fmax, fmin, isfinite
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -24,6 +24,8 @@ from queue_runtime._core.shelf cimport *
 from queue_runtime.errors import QueueRuntimeError
 
 journal_set_up()  # each module has its own tables
+
+cdef int64_t MOST_EFFORT = <int64_t>1 << 29  # bytes that a search adds up checksums of
 
 cdef struct Reader:
     const uint8_t *at
@@ -212,8 +214,10 @@ cdef class Recovery:
         return True
 
     cdef int see(self, Ledger ledger, double since, str name) except -1:
-        cdef double end = self.now + (since + ledger.window - self.wall)
+        cdef double end = self.now + fmin(since + ledger.window - self.wall, ledger.window)
         if name is not None and end > self.now and name not in ledger.seen:
+            if ledger.seen_in_order:  # where the wall went back, the later one does not end before
+                end = fmax(end, ledger.seen_in_order[len(ledger.seen_in_order) - 1][0])
             ledger.seen.add(name)
             ledger.seen_in_order.append((end, name))
             ledger.next_forgotten = min(ledger.next_forgotten, end)
@@ -332,8 +336,10 @@ cdef class Recovery:
         """True: it stands nowhere, and is to be buried, as it was delivered too often."""
         cdef Message message = <Message>entry.message
         cdef str session_id = None if entry.dead else message.c_session_id()
-        cdef double visible = entry.enqueued_at
         cdef bint by_wall = message.scheduled_us / 1e6 > entry.enqueued_at
+        cdef double delay = 0.0 if message.delay_us < 0 else message.delay_us / 1e6
+        # A wall clock that went back since makes no delay longer than it was.
+        cdef double left = fmin(entry.enqueued_at + delay - self.wall, delay)
         cdef Lane lane = ledger.grave if entry.dead else ledger.plain
         if session_id is not None:
             lane = lane_of(ledger, session_id)
@@ -341,18 +347,16 @@ cdef class Recovery:
         lane.count += 1
         ledger.journal.grew(message)
         if by_wall:
-            visible = message.scheduled_us / 1e6
-        elif message.delay_us > 0:
-            visible += message.delay_us / 1e6
-        if not entry.dead and entry.deliveries == 0 and entry.state == FRESH and visible > self.wall:
+            left = message.scheduled_us / 1e6 - self.wall
+        if not entry.dead and entry.deliveries == 0 and entry.state == FRESH and left > 0:
             entry.by_wall = by_wall
-            entry.due = visible if by_wall else self.now + (visible - self.wall)
+            entry.due = message.scheduled_us / 1e6 if by_wall else self.now + left
             heap_push(&ledger.agenda if by_wall else &ledger.delays, entry, entry.due)
             entry.state = SCHEDULED
             ledger.tally[0][SCHEDULED] += 1
             return False
         if not entry.dead:
-            ledger.start_life(entry, self.now + (visible - self.wall))
+            ledger.start_life(entry, self.now + fmin(left, 0.0))
         if entry.state == DEFERRED:
             ledger.tally[entry.dead][DEFERRED] += 1
         elif not entry.dead and entry.deliveries >= ledger.max_delivery_count:
@@ -372,13 +376,23 @@ cdef Lane lane_of(Ledger ledger, str session_id):
 
 
 def has_record(buffer not None, int64_t segment, int64_t start):
-    """Whether a right record begins anywhere at or after ``start``: then what comes before it is no torn end."""
+    """Whether a right record begins anywhere at or after ``start``: then what comes before it is no torn end.
+
+    Yes also where that would take too long to find out: what is there may look like long records at each byte.
+    """
     cdef Py_buffer view
-    cdef int64_t offset
+    cdef const uint8_t *data
+    cdef int64_t offset, length
+    cdef int64_t effort = 0
     PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
     try:
-        for offset in range(start, view.len):
-            if journal_check(<const uint8_t *>view.buf, view.len, segment, offset) >= 0:
+        data = <const uint8_t *>view.buf
+        for offset in range(start, view.len - JOURNAL_FRAME):
+            length = <int64_t>journal_get(data + offset, 4)
+            if length > view.len - offset - JOURNAL_FRAME:
+                continue
+            effort += length
+            if effort > MOST_EFFORT or journal_check(data, view.len, segment, offset) >= 0:
                 return True
     finally:
         PyBuffer_Release(&view)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
+import time
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -162,3 +164,67 @@ def test_records_that_nobody_wrote(payloads: list[bytes | int]) -> None:
     end, seen = read(content)
     assert starts()[3] <= end <= len(content)
     assert read(content[:end])[1] == seen
+
+
+def reopened(directory: Path, back: float, **changed: Any) -> Journaled:
+    """Reopened when the wall clock says so many seconds less than when it began."""
+    return Journaled(directory, {**COMMON, **changed}, 0.0, WALL - back)
+
+
+def test_a_clock_that_goes_back_withholds_nothing(tmp_path: Path) -> None:
+    """What was ready is ready, and a delay is never longer than it was asked for [C24]."""
+    kept = Journaled(tmp_path, COMMON, 0.0, WALL)
+    delayed = Message(body=b"", message_id="delayed", delay=5.0, time_to_live=10.0)
+    kept.engine.send([Message(body=b"", message_id="ready", time_to_live=10.0), delayed], 0, 0.0, WALL)
+    kept.crash()
+    kept = reopened(tmp_path, 3600.0)
+    engine, link = kept.engine, kept.engine.open_link()
+    assert [m.message_id for m in engine.receive(link, 9, 0.0, WALL - 3600.0)] == ["ready"]
+    assert [m.message_id for m in engine.receive(link, 9, 5.0, WALL - 3595.0)] == ["delayed"]
+    kept.crash()
+    kept = reopened(tmp_path, 3600.0)
+    engine, link = kept.engine, kept.engine.open_link()
+    assert [m.message_id for m in engine.receive(link, 9, 0.0, WALL - 3600.0)] == ["ready", "delayed"]
+    kept.engine.tick(10.1, WALL - 3589.9)
+    kept.engine.close_link(link, 10.1, WALL - 3589.9)
+    assert kept.engine.counts(10.1, WALL - 3589.9)[4] == 2, "times to live end too"
+    kept.crash()
+
+
+def test_a_clock_that_went_back_forgets_no_id_early(tmp_path: Path) -> None:
+    """The one of before it went back stands first, and ends last; neither is remembered longer than its window."""
+    kept = Journaled(tmp_path, COMMON, 0.0, WALL)
+    for now, wall, name in ((0.0, WALL, "a"), (1.0, WALL - 20.0, "b")):
+        kept.engine.send([Message(body=b"", deduplication_id=name)], 0, now, wall)
+    kept.crash()
+    kept = reopened(tmp_path, 10.0)  # of a, 70 s would be left, and of b 50
+    again = [Message(body=b"", deduplication_id=name) for name in "ab"]
+    for now, count in ((51.0, 2), (59.0, 2), (61.0, 4)):
+        kept.engine.send(again, 0, now, WALL - 10.0 + now)
+        assert sum(kept.engine.counts(now, WALL - 10.0 + now)) == count
+    kept.crash()
+
+
+def test_looking_for_a_record_ends() -> None:
+    """What was torn off may be large, and look like the beginning of a large record at each of its bytes."""
+    size = 12 << 20
+    torn = struct.pack("<I", size // 2) * (size // 4)
+    assert has_record(torn, 1, 0), "what was not looked at might be one"
+    assert not has_record(torn[: 1 << 12], 1, 0)
+
+
+def test_a_full_disk_and_much_that_dies(tmp_path: Path) -> None:
+    """What waits for the disk is not tried anew for each message that outlives its time."""
+    common = {**COMMON, "capacity": 200_000}
+    kept = Journaled(tmp_path, common, 0.0, WALL)
+    kept.journal.segment_size = 1 << 30
+    kept.engine.send([Message(body=b"", time_to_live=1.0)] * 60_000, 0, 0.0, WALL)
+    read_only = os.open(tmp_path / "1", os.O_RDONLY)
+    os.dup2(read_only, kept.files[0])
+    os.close(read_only)
+    began = time.process_time()
+    kept.engine.tick(2.0, WALL + 2.0)
+    assert time.process_time() - began < 1.0
+    assert kept.engine.counts(2.0, WALL + 2.0)[4] == 60_000
+    assert kept.journal.size > 5_000_000
+    kept.crash()
