@@ -273,7 +273,7 @@ class Spill:
     def __init__(
         self, threshold: int, directory: str | os.PathLike[str] | None = None, *, segment_size: int = _SEGMENT
     ) -> None:
-        self._threshold = threshold
+        self.threshold = threshold
         self._directory = None if directory is None else Path(directory)
         self._segment_size = segment_size
         self._segment: _Segment | None = None
@@ -283,10 +283,10 @@ class Spill:
 
     def takes(self, message: Message) -> bool:
         """Whether the message's body is to be moved."""
-        if message.size < self._threshold:
+        if message.size < self.threshold:
             return False
         view = message.body_view
-        return len(view) >= self._threshold and not isinstance(view.obj, Mapping)
+        return len(view) >= self.threshold and not isinstance(view.obj, Mapping)
 
     def concerns(self, messages: Sequence[Message]) -> bool:
         """Whether these have to go through ``moved``: for their bodies, or so that they overtake none."""

@@ -4,13 +4,21 @@ from typing import final
 
 from queue_runtime._core.engine import Engine
 from queue_runtime._core.journal import Records
+from queue_runtime._core.message import Message
 
 def has_record(buffer: bytes | mmap, segment: int, start: int) -> bool: ...
 def checksum(data: bytes) -> int: ...
 
 @final
 class Recovery:
-    def __init__(self, make: Callable[[str], Engine], now: float, wall: float) -> None: ...
+    def __init__(
+        self,
+        make: Callable[[str], Engine],
+        now: float,
+        wall: float,
+        threshold: int = 0,
+        moved: Callable[[Message], Message] | None = None,
+    ) -> None: ...
     @property
     def queues(self) -> dict[int, Engine]: ...
     @property

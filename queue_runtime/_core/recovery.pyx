@@ -117,7 +117,9 @@ cdef Entry *add_entry(Ledger ledger, bint dead, int64_t number, Message message,
 cdef class Recovery:
     """Reads files of the journal, the oldest first, into the engines that ``make(name)`` returns for new names.
 
-    ``now`` and ``wall`` as for the engine. Until ``finish`` the engines must not be used.
+    ``now`` and ``wall`` as for the engine. Until ``finish`` the engines must not be used. ``moved``, where it is given,
+    is called with each message of at least ``threshold`` bytes, and returns what is to be kept in its place; its errors
+    must be no QueueRuntimeError, or they would be taken for the record's.
 
     Thread-safety: one thread at a time.
     """
@@ -125,13 +127,17 @@ cdef class Recovery:
     cdef object make
     cdef double now
     cdef double wall
+    cdef object moved
+    cdef Py_ssize_t threshold
     cdef readonly dict queues       # number: engine
     cdef dict last                  # number: the last sequence numbers that a snapshot tells
     cdef readonly bint ended        # the snapshot's end was read
     cdef readonly int64_t records
 
-    def __init__(self, make not None, double now, double wall):
+    def __init__(self, make not None, double now, double wall, Py_ssize_t threshold=0, moved=None):
         self.make = make
+        self.threshold = threshold
+        self.moved = moved
         self.now = now
         self.wall = wall
         self.queues = {}
@@ -208,10 +214,16 @@ cdef class Recovery:
         cdef Message message
         if r.short:
             return False
-        message = envelope(r)
+        message = self.message(r)
         add_entry(ledger, False, which, message, wall)
         self.see(ledger, wall, message.c_deduplication_id())
         return True
+
+    cdef Message message(self, Reader *r):
+        cdef Message message = envelope(r)
+        if self.moved is None or message.c_size() < self.threshold:
+            return message
+        return <Message?>self.moved(message)
 
     cdef int see(self, Ledger ledger, double since, str name) except -1:
         cdef double end = self.now + fmin(since + ledger.window - self.wall, ledger.window)
@@ -296,7 +308,7 @@ cdef class Recovery:
         cdef Entry *entry
         if r.short:
             return False
-        entry = add_entry(ledger, dead, which, envelope(r), enqueued_at)
+        entry = add_entry(ledger, dead, which, self.message(r), enqueued_at)
         entry.state = state if state == HELD_BACK or state == DEFERRED else FRESH
         entry.deliveries = deliveries
         entry.first_delivered_at = first

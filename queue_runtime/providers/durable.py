@@ -33,7 +33,7 @@ class _DurableBroker(_Broker):
         super().__init__(config, clock)
         assert config.path is not None
         path, interval = os.fspath(config.path), cast(float, config.fsync_interval)
-        self.store = Store(path, config.fsync, interval, clock, self._recovered)
+        self.store = Store(path, config.fsync, interval, clock, self._recovered, self.spill)
 
     def _recovered(self, name: str) -> Engine:
         queue = self.queues[str(QueueName(name))] = _Queue(name, self.config, self.clock)

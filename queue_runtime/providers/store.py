@@ -22,8 +22,10 @@ from typing import Any
 from queue_runtime._core.engine import Engine
 from queue_runtime._core.journal import Gone, Journal, failed, refusal_of
 from queue_runtime._core.recovery import Recovery, Snapshot, checksum, has_record
+from queue_runtime.bodies import Spill
 from queue_runtime.clock import Clock, Timer
 from queue_runtime.errors import ConfigurationError, ProviderError
+from queue_runtime.message import Message
 from queue_runtime.providers.disk import (
     NAME,
     DirectoryLock,
@@ -74,6 +76,8 @@ class Store:
         seconds; ``never``: when the system thinks fit.
     make:
         Called with each name that the journal has: returns the queue's engine, without any message.
+    spill:
+        Where large bodies go that are read.
 
     Raises ConfigurationError, which names ``path``, when the directory cannot be used.
 
@@ -81,7 +85,13 @@ class Store:
     """
 
     def __init__(
-        self, directory: str, fsync: str, fsync_interval: float, clock: Clock, make: Callable[[str], Engine]
+        self,
+        directory: str,
+        fsync: str,
+        fsync_interval: float,
+        clock: Clock,
+        make: Callable[[str], Engine],
+        spill: Spill | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.waits = fsync == "always"
@@ -111,7 +121,7 @@ class Store:
         self._disk = Disk()
         try:
             with _told("be used", directory):
-                self._recover(make)
+                self._recover(make, spill)
         except BaseException:
             self._lock.release()
             raise
@@ -120,9 +130,12 @@ class Store:
 
     # Opening.
 
-    def _recover(self, make: Callable[[str], Engine]) -> None:
+    def _recover(self, make: Callable[[str], Engine], spill: Spill | None) -> None:
         logs, snapshots = self._listed()
-        recovery = Recovery(make, self._clock.monotonic(), self._clock.time())
+        now, wall = self._clock.monotonic(), self._clock.time()
+        recovery = Recovery(make, now, wall)
+        if spill is not None:
+            recovery = Recovery(make, now, wall, spill.threshold, partial(_moved, spill))
         base = max(snapshots, default=0)
         total = 0
         replaced = [snapshots[segment] for segment in sorted(snapshots.keys() - {base})]
@@ -476,6 +489,13 @@ def _damaged(path: Path, offset: int, problem: str) -> ConfigurationError:
         f"the journal is damaged: {path}, at byte {offset}: {problem}; "
         "restore the directory from a copy, or move it away to begin without what was in it",
     )
+
+
+def _moved(spill: Spill, message: Message) -> Message:
+    try:
+        return spill.move([message])[0]
+    except ProviderError as error:  # of this disk, and not of the record
+        raise OSError(str(error)) from error
 
 
 def _is_blank(path: Path) -> bool:

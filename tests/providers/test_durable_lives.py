@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from test_durable import all_of, files, filled, names, no_file_beyond, opened
 
+from queue_runtime._core.body import Mapping
 from queue_runtime.clock import ManualClock
 from queue_runtime.config import InMemoryConfig
-from queue_runtime.errors import ProviderError
+from queue_runtime.errors import ConfigurationError, ProviderError
 from queue_runtime.message import Message
 from queue_runtime.providers import store
 from queue_runtime.providers.base import COMPLETE
@@ -250,3 +251,34 @@ def test_a_file_of_zeros_was_just_begun(tmp_path: Path) -> None:
     (tmp_path / "log-000000000002.journal").write_bytes(bytes(5000))
     for _ in range(2):
         assert names(tmp_path) == ["0", "1", "2"]
+
+
+def test_large_bodies_do_not_come_back_to_memory(tmp_path: Path) -> None:
+    """They are views of files again, as they were when they had been sent; those of a snapshot too."""
+    settings = {"body_file_threshold": 16384, "body_directory": tmp_path / "bodies"}
+    sent = {"small": b"s" * 900, "large": b"l" * 50_000}
+
+    async def send() -> None:
+        provider = opened(tmp_path / "journal", **settings)
+        await provider.send("q", [Message(body=body, message_id=name) for name, body in sent.items()])
+        await provider.close()
+
+    async def look(*, compact: bool) -> None:
+        provider = opened(tmp_path / "journal", **settings)
+        found = await all_of(provider)
+        assert {message.message_id: bytes(message.body_view) for message in found} == sent
+        assert [isinstance(message.body_view.obj, Mapping) for message in found] == [False, True]
+        if compact:
+            provider._store.compact()
+            while provider._store._snapshot is not None:
+                await asyncio.sleep(0)
+        await provider.close()
+
+    asyncio.run(send())
+    for compact in (True, False):
+        asyncio.run(look(compact=compact))
+    (tmp_path / "file").write_bytes(b"")
+    before = [path.read_bytes() for path in files(tmp_path / "journal")]
+    with pytest.raises(ConfigurationError, match="move a large body"):
+        opened(tmp_path / "journal", body_file_threshold=16384, body_directory=tmp_path / "file")
+    assert [path.read_bytes() for path in files(tmp_path / "journal")] == before, "nothing was taken for damaged"
