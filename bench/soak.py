@@ -331,6 +331,8 @@ def main() -> int:
         samples, accounts, run = runner.run(soak(arguments.minutes, arguments.seed, arguments.rate, console))
         tasks = asyncio.all_tasks(runner.get_loop())
     gc.collect()
+    for thread in threading.enumerate()[before:]:
+        thread.join(2.0)  # a pool's threads are told to end, and not waited for
     left = [str(task) for task in tasks] + [str(thread) for thread in threading.enumerate()[before:]]
     verdicts = judge(samples)
     console.print(table_of(verdicts))
