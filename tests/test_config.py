@@ -30,6 +30,7 @@ from queue_runtime.errors import (
     QueueRuntimeError,
     ServiceUnavailableError,
 )
+from queue_runtime.handling import ConsumerConfig
 from queue_runtime.message import Message, ReceivedMessage
 from queue_runtime.retry import ExponentialRetry, FixedRetry, LinearRetry, NoRetry, RetryPolicy
 
@@ -365,7 +366,7 @@ async def most_at_once(config: InMemoryConfig, clock: ManualClock) -> int:
 
 
 async def most_held(config: InMemoryConfig, clock: ManualClock) -> int:
-    """Messages that a consumer holds, with handlers that do not return."""
+    """Messages that a consumer of one kind holds, with handlers that do not return."""
     stop = asyncio.Event()
 
     async def handle(message: ReceivedMessage) -> None:
@@ -373,7 +374,7 @@ async def most_held(config: InMemoryConfig, clock: ManualClock) -> int:
 
     async with QueueClient(config, clock=clock) as client:
         await client.send_messages(QUEUE, [Message(body=b"x") for _ in range(30)])
-        consumer = Consumer(client, QUEUE, handle)
+        consumer = Consumer(client, QUEUE, handle, ConsumerConfig(source="queue"))
         task = asyncio.create_task(consumer.run())
         await settle_tasks(200)
         held = (await client.counts(QUEUE)).in_flight
