@@ -169,17 +169,17 @@ class Runner:
 
     def let_go(self, messages: Sequence[ReceivedMessage]) -> None:
         """Hold these no longer, however that came about."""
-        size = 0
+        size = places = 0
         for message in messages:
-            self._held.pop(message.receipt, None)
-            self._lost.discard(message.receipt)
+            receipt = message.receipt
+            self._held.pop(receipt, None)
+            self._lost.discard(receipt)
             size += message.size
+            if receipt.receiver_id not in self.prepaid:
+                places += 1
         self.bytes.give(size)
-        count = len(messages)
-        if self.prepaid:
-            count -= sum(message.receipt.receiver_id in self.prepaid for message in messages)
-        if count:
-            self.room.give(count)
+        if places:
+            self.room.give(places)
         if self.breaker is not None and not self.will_try:
             self.breaker_moved.set()
 

@@ -111,7 +111,7 @@ class SessionFeed:
             self.failing[session_id] = None
             if len(self.failing) > MOST_REMEMBERED:
                 self.failing.popitem(last=False)
-        elif self.failing:
+        else:
             self.failing.pop(session_id, None)
 
     async def _accept(self) -> None:
@@ -268,7 +268,8 @@ class _Holding:
     async def _after(self, disposition: Disposition) -> bool:
         """Say whether the session can go on after a message was settled so."""
         is_failing = disposition.action is Action.ABANDON
-        self._feed.remember(self._session.session_id, is_failing=is_failing)
+        if is_failing or self._feed.failing:
+            self._feed.remember(self._session.session_id, is_failing=is_failing)
         if not is_failing:
             return True
         if not self._buffer or not self._runner.is_beginning:
