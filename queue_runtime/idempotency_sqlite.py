@@ -9,6 +9,7 @@ import os
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -219,7 +220,7 @@ class _File:
         if self._connection is None:
             connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT, isolation_level=None)
             try:
-                connection.execute("PRAGMA journal_mode = WAL")
+                _use_write_ahead_log(connection)
                 connection.execute(f"PRAGMA synchronous = {self._synchronous}")
                 connection.executescript(_SCHEMA)
             except BaseException:
@@ -291,6 +292,19 @@ _TRANSLATIONS: dict[str, Callable[[str, str], QueueRuntimeError]] = {
     "SQLITE_FULL": lambda code, text: ProviderError("sqlite", code, text, is_transient=True),
     "SQLITE_IOERR": lambda code, text: ProviderError("sqlite", code, text, is_transient=True),
 }
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Whoever turns a file to it needs the file alone for a moment, and SQLite itself does not wait for that."""
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.005)
 
 
 def _translated(error: Exception) -> QueueRuntimeError:

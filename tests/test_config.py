@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import os
 import pickle
 import tempfile
@@ -546,11 +545,15 @@ async def holder_of_a_body(config: InMemoryConfig, clock: ManualClock) -> str:
 
 async def directory_of_a_body(config: InMemoryConfig, clock: ManualClock) -> str:
     """Where the file is that 20 000 bytes are in after they were sent."""
-    gc.collect()  # the files of clients before
+
+    def mapped() -> set[str]:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return {line for line in lines if line.endswith(".queue-runtime (deleted)")}
+
+    before = await asyncio.to_thread(mapped)
     async with QueueClient(config, clock=clock) as client:
         await client.send_message(QUEUE, Message(body=bytes(20_000)))
-        mapped = await asyncio.to_thread(Path("/proc/self/maps").read_text)
-        (line,) = (line for line in mapped.splitlines() if line.endswith(".queue-runtime (deleted)"))
+        (line,) = await asyncio.to_thread(mapped) - before
         return str(Path(line[line.index("/") :]).parent)
 
 

@@ -104,6 +104,32 @@ def test_processes_share_the_file(path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["done.db"], "the last one to close leaves one file"
 
 
+OPENING = """
+import asyncio, sys
+from queue_runtime import SQLiteIdempotencyStore
+
+async def main():
+    for number in range(100):
+        async with SQLiteIdempotencyStore(f"{sys.argv[1]}/{number}.db") as store:
+            await store.mark(["x"])
+
+sys.stdin.readline()
+asyncio.run(main())
+"""
+
+
+def test_processes_that_open_a_new_file_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    """Whoever turns the file to write-ahead logging has it alone for a moment; SQLite itself does not wait for that."""
+    command = [sys.executable, "-c", OPENING, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]  # type: ignore[call-overload]
+    for process in processes:
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+    told = [process.communicate()[0] for process in processes]
+    assert told == [b""] * 4
+
+
 async def test_another_store_sees_it_at_once(path: Path) -> None:
     one, two = SQLiteIdempotencyStore(path), SQLiteIdempotencyStore(str(path), durability="power")
     for number in range(20):
