@@ -259,11 +259,9 @@ class _Holding:
         dispositions = await runner.handle_batch(messages, self._session)
         if not await runner.settle_all(list(zip(messages, dispositions, strict=True))):
             return False
-        goes_on = True
-        for disposition in dispositions:
-            assert disposition is not None, "settled"
-            goes_on = await self._after(disposition) and goes_on
-        return goes_on
+        is_failing = any(disposition.action is Action.ABANDON for disposition in dispositions if disposition)
+        self._feed.remember(self._session.session_id, is_failing=is_failing)
+        return True
 
     async def _after(self, disposition: Disposition) -> bool:
         """Say whether the session can go on after a message was settled so."""

@@ -11,6 +11,7 @@ from wrapping import wrap
 
 from queue_runtime import (
     Action,
+    BatchContext,
     Consumer,
     ConsumerConfig,
     ConsumerObserver,
@@ -284,3 +285,25 @@ async def test_hundreds_at_once() -> None:
             assert consumer.stats.sessions_open == 800
             go.set()
             await until(lambda: consumer.stats.completed == 800)
+
+
+async def test_a_batch_that_fails_in_part_makes_its_session_a_failing_one() -> None:
+    """Whichever of its messages it is: the next are fetched one by one, until one has gone well."""
+    clock = ManualClock()
+    sizes: list[int] = []
+
+    async def handle(batch: Sequence[ReceivedMessage], context: BatchContext) -> None:
+        sizes.append(len(batch))
+        if len(sizes) == 1:
+            context.of(batch[0]).abandon(delay=30)
+
+    async with QueueClient("memory://", clock=clock) as client:
+        await client.send_messages(QUEUE, messages(4, session_id="s"))
+        config = ConsumerConfig(handler_form="batch", prefetch=100, max_concurrency=4)
+        consumer = Consumer(client, QUEUE, handle, config)
+        async with running(consumer):
+            await clock.advance(20)
+            await client.send_messages(QUEUE, messages(6, session_id="s"))
+            await clock.advance(20)
+            assert consumer.stats.completed == 10
+    assert sizes == [4, 1, 6]
