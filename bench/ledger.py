@@ -259,6 +259,14 @@ class Ledger:
         elif action is Action.DEAD_LETTER:
             entry.is_dead = entry.redriven == entry.redriven_before
 
+    def applied_late(self, number: int, action: Action) -> None:
+        """The service settled this after its consumer had given that up."""
+        entry = self._entries.get(number)
+        if action is Action.COMPLETE and entry is not None:
+            if entry.end != RETURNED or entry.why != NOT_SETTLED:
+                self.violate(f"message {number} is completed late by one who does not hold it")
+            entry.is_gone = True
+
     def lost(self, number: int, receipt: Any) -> None:
         """The consumer that handles this message was told that it lost the lock."""
         entry = self._entries.get(number)
@@ -358,6 +366,8 @@ class Witness(ConsumerObserver):
         self._numbers: dict[Any, int] = {}
         """What its handlers have begun and it has not settled."""
         self._applied: dict[Any, Action] = {}
+        self._given_up: dict[Any, int] = {}
+        """Those whose settlement was told to have failed; it may be applied all the same, later."""
 
     def begin(self, message: Seen, together: bool = False) -> int:
         self._numbers[message.receipt] = int(message.message_id)
@@ -371,12 +381,19 @@ class Witness(ConsumerObserver):
         applied = self._applied.pop(message.receipt, None)
         if error is not None and applied is not None:
             self.ledger.answer_lost(int(message.message_id), message.receipt, applied)
+        elif error is not None:
+            self._given_up[message.receipt] = int(message.message_id)
         self.completed += error is None and disposition.action is Action.COMPLETE
         self.ledger.settled(message, disposition.action, error)
 
     def applied(self, receipts: Iterable[Any], action: Action) -> None:
         """Whoever stands between the consumer and the service knows: these are settled, whatever the consumer hears."""
-        self._applied.update(dict.fromkeys(receipts, action))
+        for receipt in receipts:
+            number = self._given_up.pop(receipt, None)
+            if number is None:
+                self._applied[receipt] = action
+            else:
+                self.ledger.applied_late(number, action)
 
     def locks_lost(self, receiver_id: int, receipts: Sequence[Any], error: QueueRuntimeError | None) -> None:
         """For ``QueueClient.on_locks_lost``."""
